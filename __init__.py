@@ -1,0 +1,23 @@
+"""Skein: fast HunyuanVideo for ComfyUI."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import demo, routes
+from .nodes.cache import FirstBlockCacheNode
+from .nodes.demo import DemoPromptNode
+from .nodes.preview import LatentVideoPreviewNode
+
+WEB_DIRECTORY = "./web"
+
+
+class SkeinExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        demo.register_model_folder()
+        routes.register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [FirstBlockCacheNode, DemoPromptNode, LatentVideoPreviewNode]
+
+
+async def comfy_entrypoint() -> SkeinExtension:
+    return SkeinExtension()

@@ -1,0 +1,6 @@
+"""First-block cache: decision, state, prediction. Pure PyTorch; nothing here imports ComfyUI."""
+
+from .first_block import FirstBlockCache
+from .hook import CacheHook
+
+__all__ = ["CacheHook", "FirstBlockCache"]

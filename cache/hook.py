@@ -1,0 +1,105 @@
+"""Hangs the cache on a model's blocks: what happens before, between and after them in one model call.
+
+The functions take ComfyUI's block arguments as plain dicts, so nothing of ComfyUI is imported.
+
+Letters: B batch, S image tokens, C channels.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from torch import Tensor
+
+from ..report import Call, Run, Stopwatch
+from .first_block import FirstBlockCache, sample_tokens
+
+CALL_KEY = "skein_cache_call"  # where the call in progress travels, in transformer_options
+Block = Callable[[dict], dict]
+
+
+class _ModelCall:
+    """One model call in progress. Lives in transformer_options, so that calls on several threads stay apart."""
+
+    def __init__(self, conditions: list[Hashable], sigma: float):
+        self.conditions = conditions
+        self.sigma = sigma
+        self.image_tokens = 0
+        self.signature: Tensor | None = None
+        self.after_first: Tensor | None = None  # image after the first block; of a computed call
+        self.reused: Tensor | None = None  # image after the last block; of a reused call
+        self.record: Call | None = None
+
+
+class CacheHook:
+    """The cache of one run, as wrappers around its model and its blocks."""
+
+    def __init__(self, cache: FirstBlockCache, run: Run, stopwatch: Stopwatch):
+        self.cache = cache
+        self.run = run
+        self.stopwatch = stopwatch
+
+    def around_model(self, execute: Callable, *args: Any, **kwargs: Any) -> Any:
+        """DIFFUSION_MODEL wrapper: opens and closes a call."""
+        options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "sigmas" in a)
+        call = _ModelCall(_conditions(options), float(options["sigmas"].flatten()[0]))
+        options[CALL_KEY] = call
+        stop = self.stopwatch.start()
+        try:
+            output = execute(*args, **kwargs)
+        finally:
+            options.pop(CALL_KEY, None)
+        if call.record is not None:
+            stop(call.record)
+            self.run.calls.append(call.record)
+        return output
+
+    def first_block(self, args: dict, block: Block) -> dict:
+        """Runs the first block and decides from what it changed."""
+        call: _ModelCall = args["transformer_options"][CALL_KEY]
+        # ComfyUI's blocks add in place: what comes after must not change what is kept from before.
+        before = sample_tokens(args["img"]).clone()
+        out = block(args)
+        image = out["img"]
+        call.image_tokens = image.shape[1]
+        call.signature = sample_tokens(image) - before
+        decision = self.cache.decide(call.conditions, call.signature, call.sigma)
+        call.record = Call(call.sigma, decision.change, self.cache.config.threshold, decision.reuse)
+        if decision.reuse:
+            call.reused = self.cache.apply(call.conditions, image, call.sigma)
+        else:
+            call.after_first = image.clone()
+        return out
+
+    def middle_block(self, args: dict, block: Block) -> dict:
+        call: _ModelCall = args["transformer_options"][CALL_KEY]
+        if call.reused is None:
+            return block(args)
+        return {key: args[key] for key in ("img", "txt") if key in args}
+
+    def last_block(self, args: dict, block: Block) -> dict:
+        """Runs the last block and keeps what the stack changed, or puts in what it would have changed."""
+        call: _ModelCall = args["transformer_options"][CALL_KEY]
+        if call.reused is not None:
+            out = {key: args[key] for key in ("img", "txt") if key in args}
+            # Written over, not added to: what others added between the blocks (ControlNet) is in the residual.
+            _image_part(out["img"], call).copy_(call.reused)
+            return out
+        assert call.after_first is not None and call.signature is not None
+        out = block(args)
+        residual = call.after_first.neg_().add_(_image_part(out["img"], call))
+        self.cache.store(call.conditions, call.signature, residual, call.sigma)
+        call.after_first = None
+        return out
+
+
+def _image_part(hidden: Tensor, call: _ModelCall) -> Tensor:
+    """The image tokens of a hidden state: all of a double block's, the last ones of a single block's."""
+    return hidden[:, hidden.shape[1] - call.image_tokens :]
+
+
+def _conditions(options: dict) -> list[Hashable]:
+    """What the chunks of this call's batch are conditioned on: ComfyUI's id of each conditioning, and the
+    window of frames where context windows are in use. The same list means the same chunks in the same order."""
+    window = getattr(options.get("context_window"), "index_list", None)
+    window = tuple(window) if window is not None else None
+    return [(uuid, window) for uuid in options.get("uuids") or options.get("cond_or_uncond") or [None]]

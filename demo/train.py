@@ -1,0 +1,235 @@
+"""Train the embedded demo model: a real, small HunyuanVideo, by flow matching on synthetic scenes.
+
+    PYTHONPATH=<ComfyUI> python -m demo.train --out demo/model --minutes 9
+
+The network is ComfyUI's own HunyuanVideo class, so the checkpoint has ComfyUI's keys by construction. What
+ComfyUI does at sampling time is what is trained (shift 7): x = sigma noise + (1 - sigma) latent, timestep
+1000 sigma, target noise - latent. Samples of a batch share one caption length, so no attention mask exists.
+Sizes vary from batch to batch at a constant number of tokens. One seed makes everything.
+"""
+
+import argparse
+import csv
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .lift import Lift
+from .prompt import PromptEncoder
+from .scenes import COLOURS, Scenes, read_video, render
+
+MODEL_NAME = "skein_demo_hunyuan_video.safetensors"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the result."""
+
+    seed: int = 0
+    hidden_size: int = 256
+    depth: int = 2
+    depth_single_blocks: int = 4
+    steps: int = 12000  # the schedule's length, if --minutes does not end it first
+    tokens_per_batch: int = 96_000
+    learning_rate: float = 1.2e-3
+    warmup: int = 300
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.97)
+    ema: float = 0.9995
+    shift: float = 7.0
+    guidance: float = 6.0
+    any_guidance: float = 0.3  # share of batches with another guidance value: it must not matter
+    empty_text: float = 0.1  # share of batches without a caption, so that CFG > 1 works
+    shortened_text: float = 0.15  # share of batches with words missing from the caption
+    sizes: tuple[tuple[int, int, int], ...] = (  # T, H, W of the latent, and below how often each is drawn
+        (9, 32, 32), (5, 32, 32), (5, 24, 24), (9, 24, 24), (9, 24, 40), (7, 40, 24), (3, 32, 32), (1, 32, 32), (13, 24, 24),
+    )
+    size_weights: tuple[float, ...] = (5, 2, 2, 2, 1, 1, 0.5, 0.5, 1)
+
+
+def build_model(config: Config, operations=nn) -> nn.Module:
+    """ComfyUI's HunyuanVideo at the demo's size, modulation and output zero-initialised (adaLN-zero)."""
+    from comfy.ldm.hunyuan_video.model import HunyuanVideo
+
+    model = HunyuanVideo(
+        in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=64, hidden_size=config.hidden_size,
+        mlp_ratio=4.0, num_heads=config.hidden_size // 128, depth=config.depth,
+        depth_single_blocks=config.depth_single_blocks, axes_dim=[16, 56, 56], theta=256, patch_size=[1, 2, 2],
+        qkv_bias=True, guidance_embed=True, byt5=False, meanflow=False, use_cond_type_embedding=False,
+        vision_in_dim=None, meanflow_sum=False, dtype=torch.float32, device="cpu", operations=operations,
+    )  # fmt: skip
+    modulations = [m.lin for m in model.modules() if type(m).__name__ == "Modulation"]
+    modulations += [m.adaLN_modulation[1] for m in model.modules() if hasattr(m, "adaLN_modulation")]
+    for layer in [*modulations, model.final_layer.linear]:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return model
+
+
+def make_trainable(model: nn.Module) -> None:
+    """Give autograd what ComfyUI's in-place blocks would take away, and keep the residual stream in float32.
+
+    The blocks add into their input, which the norm before has saved for the backward pass: so the norms get
+    clones, and so does the first block. Compiling the blocks was tried: at sizes that change from batch to
+    batch it took 130 s to start and was not faster (docs/LOG.md).
+    """
+    import comfy.model_management
+
+    comfy.model_management.in_training = True  # rotary embedding with a backward
+    for stem in (model.img_in, model.txt_in):
+        stem.register_forward_hook(lambda _, __, output: output.float().clone())
+    for block in [*model.double_blocks, *model.single_blocks]:
+        for norm in block.children():
+            if isinstance(norm, nn.LayerNorm):
+                norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))
+
+
+class Batches:
+    """Random training batches: noisy latents, timesteps, text, and the velocity to predict."""
+
+    def __init__(self, config: Config, device: torch.device):
+        from comfy.latent_formats import HunyuanVideo as Latents
+
+        self.config = config
+        self.device = device
+        self.rng = torch.Generator(device).manual_seed(config.seed)
+        self.choice = torch.Generator().manual_seed(config.seed)  # sizes and captions, without a GPU sync
+        self.lift = Lift(Latents.latent_rgb_factors, Latents.latent_rgb_factors_bias, device)
+        self.encoder = PromptEncoder().to(device)
+
+    def _chance(self, probability: float) -> bool:
+        return bool(torch.rand((), generator=self.choice) < probability)
+
+    def caption_rows(self, scenes: Scenes) -> Tensor:
+        words = scenes.words(with_size=self._chance(0.5), with_ground=self._chance(0.5)) + 1  # row 0 is "no words"
+        if self._chance(self.config.empty_text):
+            return torch.zeros_like(words[:, :1])
+        if self._chance(self.config.shortened_text):
+            keep = torch.rand(words.shape[1], generator=self.choice) < 0.7
+            keep[1] = True  # at least one word stays
+            return words[:, keep.nonzero().flatten().tolist()]
+        return words
+
+    def draw(self) -> dict[str, Tensor]:
+        c = self.config
+        weights = torch.tensor(c.size_weights, dtype=torch.float32)
+        frames, height, width = c.sizes[int(torch.multinomial(weights, 1, generator=self.choice))]
+        batch = max(c.tokens_per_batch // (frames * height * width // 4), 1)
+        scenes = Scenes.random(batch, self.rng)
+        latents = self.lift.encode(render(scenes, frames, height, width, self.rng))
+        context, pooled = self.encoder.embed(self.caption_rows(scenes))
+        # Stratified: every batch covers the whole range of sigma.
+        u = (torch.arange(batch, device=self.device) + torch.rand(batch, generator=self.rng, device=self.device)) / batch
+        sigma = (c.shift * u / (1 + (c.shift - 1) * u)).reshape(-1, 1, 1, 1, 1)
+        noise = torch.randn(latents.shape, generator=self.rng, device=self.device)
+        guidance = torch.full((batch,), c.guidance, device=self.device)
+        if self._chance(c.any_guidance):
+            guidance = 1 + 9 * torch.rand(batch, generator=self.rng, device=self.device)
+        return {
+            "x": sigma * noise + (1 - sigma) * latents,
+            "timestep": 1000 * sigma.flatten(),
+            "context": context,
+            "y": pooled,
+            "guidance": guidance,
+            "target": noise - latents,
+        }
+
+
+def train(config: Config, minutes: float, device: torch.device) -> tuple[nn.Module, list[tuple[int, float]]]:
+    """Returns the averaged (EMA) model and the loss curve as (step, mean loss of the last 100 steps)."""
+    torch.manual_seed(config.seed)
+    model = build_model(config).to(device)
+    average = build_model(config).to(device).requires_grad_(False)
+    average.load_state_dict(model.state_dict())
+    make_trainable(model)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=device.type == "cuda"
+    )
+    batches, curve, running = Batches(config, device), [], torch.zeros((), device=device)
+    started = time.monotonic()
+    step = 0
+    progress = 0.0
+    while progress < 1:
+        # The schedule follows whichever runs out first, steps or minutes, so that it always ends at zero.
+        progress = max(step / config.steps, (time.monotonic() - started) / (60 * minutes))
+        rate = config.learning_rate * min(1, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = batches.draw()
+        target = batch.pop("target")
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            output = model(**batch)
+        loss = (output.float() - target).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(config.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.parameters()), parameters, 1 - decay)
+        running += loss.detach()
+        step += 1
+        if step % 100 == 0:
+            curve.append((step, float(running) / 100))
+            running.zero_()
+            if step in (100, 200, 300) or step % 500 == 0:
+                print(f"step {step} loss {curve[-1][1]:.4f} rate {rate:.2e} {time.monotonic() - started:.0f} s", flush=True)
+    return average, curve
+
+
+@torch.no_grad()
+def agreement(model: nn.Module, batches: Batches, count: int = 112, steps: int = 20) -> tuple[float, Tensor]:
+    """Share of sampled videos whose colour and direction read back as asked, and some of the videos."""
+    rng = torch.Generator(batches.device).manual_seed(12345)
+    scenes = Scenes.random(count, rng)
+    captions = scenes.captions(with_size=True, with_ground=False)
+    context, pooled = batches.encoder.embed(scenes.words(with_size=True, with_ground=False) + 1)
+    u = torch.linspace(1, 0, steps + 1)
+    sigmas = (7 * u / (1 + 6 * u)).tolist()
+    x = torch.randn(count, 16, 9, 32, 32, generator=rng, device=batches.device)
+    guidance = torch.full((count,), 6.0, device=batches.device)
+    for sigma, following in zip(sigmas, sigmas[1:]):
+        timestep = torch.full((count,), 1000 * sigma, device=batches.device)
+        with torch.autocast(batches.device.type, dtype=torch.bfloat16):
+            velocity = model(x, timestep, context, pooled, guidance=guidance)
+        x = x + (following - sigma) * velocity.float()
+    videos = batches.lift.decode(x)
+    right = sum(set(read_video(v)) <= set(c.split()) for v, c in zip(videos, captions))
+    return right / count, videos[:8]
+
+
+def save_results(out: Path, config: Config, model: nn.Module, curve, share: float, videos: Tensor) -> None:
+    from PIL import Image
+
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.to(torch.bfloat16).contiguous().cpu() for key, value in model.state_dict().items()}
+    save_file(tensors, str(out / MODEL_NAME), metadata={"skein_demo": json.dumps(asdict(config))})
+    with open(out / "loss.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("step", "loss"), *curve])
+    rows = torch.cat([torch.cat(list(video), dim=1) for video in videos.cpu()], dim=0)
+    Image.fromarray((rows * 255).byte().numpy()).resize((rows.shape[1] * 3, rows.shape[0] * 3), 0).save(out / "samples.png")
+    print(json.dumps({"agreement": share, "steps": curve[-1][0], "loss": curve[-1][1], "colours": len(COLOURS)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the loss curve and samples")
+    parser.add_argument("--minutes", type=float, default=9.0, help="training time at the most")
+    parser.add_argument("--steps", type=int, default=Config.steps, help="training steps at the most")
+    arguments = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    config = Config(steps=arguments.steps)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, curve = train(config, arguments.minutes, device)
+    share, videos = agreement(model, Batches(config, device))
+    save_results(arguments.out, config, model, curve, share, videos)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The Demo Prompt node: text conditioning for the embedded demo model."""
+
+from comfy_api.latest import io
+
+from ..demo.prompt import PromptEncoder, pad
+
+
+class DemoPromptNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SkeinDemoPrompt",
+            display_name="Demo Prompt (Skein)",
+            category="Skein/demo",
+            description="Encodes a prompt for the embedded demo model, which knows some 24 words.",
+            inputs=[
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="a red circle moves left",
+                    tooltip='For example "a small blue square moves up over sand". An empty prompt is allowed.',
+                ),
+                io.Boolean.Input(
+                    "padded",
+                    default=False,
+                    tooltip="Pad to 256 tokens with an attention mask, as conditioning from other tools often is.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def execute(cls, text: str, padded: bool) -> io.NodeOutput:
+        tokens, pooled = PromptEncoder().encode(text)
+        extra = {"pooled_output": pooled}
+        if padded:
+            tokens, extra["attention_mask"] = pad(tokens)
+        return io.NodeOutput([[tokens, extra]])

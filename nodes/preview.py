@@ -1,0 +1,35 @@
+"""The Latent Video Preview node: a look at a video latent without its VAE."""
+
+from comfy_api.latest import io
+
+from ..preview import latent_to_frames
+
+
+class LatentVideoPreviewNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SkeinLatentVideoPreview",
+            display_name="Latent Video Preview (Skein)",
+            category="Skein",
+            description=(
+                "Turns a latent video into small RGB frames by the model's own latent-to-RGB factors: a quick look "
+                "without loading a VAE. One frame per latent frame."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="Any model that the latent was made with; gives the factors."),
+                io.Latent.Input("samples"),
+                io.Int.Input(
+                    "scale",
+                    default=1,
+                    min=1,
+                    max=16,
+                    tooltip="Enlarge each latent pixel to this many pixels; 8 is the size of the decoded video.",
+                ),
+            ],
+            outputs=[io.Image.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, samples: dict, scale: int) -> io.NodeOutput:
+        return io.NodeOutput(latent_to_frames(samples["samples"], model.model.latent_format, scale))

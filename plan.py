@@ -1,0 +1,57 @@
+"""The plan: what the nodes ask for, as plain data that every room shares.
+
+A node clones the model, replaces one field of the plan on it and returns the clone; the engine carries the
+plan out when sampling starts. So the order of our nodes does not matter, the last of two equal nodes wins, and
+the same object can be pickled to another process.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+PLAN_KEY = "skein"  # the attachment and wrapper key on a ModelPatcher
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Settings of the first-block cache (see cache/first_block.py). Raises ValueError on values out of range.
+
+    threshold: a call is reused while its expected relative error stays below this; 0 switches the cache off.
+    start_percent, end_percent: the part of sampling, 0 to 1, in which calls may be reused.
+    warmup_calls: model calls at the start that are always computed.
+    max_consecutive_hits: computed call forced after this many reused ones; -1 for no limit.
+    order: 0 reuses the last residual, 1 and 2 extrapolate the last two or three over sigma.
+    accumulate: compare the change summed since the last computed call, not the last change alone.
+    node_id: the node to show the result on; not part of the plan's identity.
+    """
+
+    threshold: float = 0.06
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    warmup_calls: int = 0
+    max_consecutive_hits: int = -1
+    order: int = 1
+    accumulate: bool = False
+    node_id: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.threshold) and 0 <= self.threshold <= 1):
+            raise ValueError(f"The threshold must lie between 0 and 1, not {self.threshold}; 0 switches the cache off.")
+        if not (0 <= self.start_percent <= 1 and 0 <= self.end_percent <= 1):
+            raise ValueError("start_percent and end_percent must lie between 0 and 1.")
+        if self.start_percent > self.end_percent:
+            raise ValueError(
+                f"start_percent ({self.start_percent}) lies after end_percent ({self.end_percent}); swap the two."
+            )
+        if self.warmup_calls < 0:
+            raise ValueError(f"warmup_calls must be 0 or more, not {self.warmup_calls}.")
+        if self.max_consecutive_hits < -1:
+            raise ValueError(f"max_consecutive_hits must be 0 or more, or -1 for no limit, not {self.max_consecutive_hits}.")
+        if self.order not in (0, 1, 2):
+            raise ValueError(f"The prediction order must be 0, 1 or 2, not {self.order}.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is asked of the engine; None where a technique is not asked for."""
+
+    cache: CacheConfig | None = None
