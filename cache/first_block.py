@@ -37,14 +37,15 @@ class Decision:
 
 
 @dataclass
-class _Condition:
-    """What is kept of one conditioning's computed calls: points over distinct sigmas, oldest first."""
+class _State:
+    """What is kept of one conditioning: points of its computed calls, oldest first, over distinct sigmas."""
 
     signatures: list[Point] = field(default_factory=list)
     residuals: list[Point] = field(default_factory=list)
     previous: Tensor | None = None  # signature of the last call, computed or not
     accumulated: float = 0.0  # change summed since the last computed call
-    hits: int = 0  # reused calls since then
+    calls: int = 0
+    hits: int = 0  # reused calls since the last computed one
 
 
 class FirstBlockCache:
@@ -59,8 +60,7 @@ class FirstBlockCache:
         self.config = config
         self.start_sigma = start_sigma
         self.end_sigma = end_sigma
-        self._states: dict[Hashable, _Condition] = {}
-        self._calls: dict[Hashable, int] = {}
+        self._states: dict[Hashable, _State] = {}
 
     def reset(self) -> None:
         """Drop every tensor."""
@@ -68,16 +68,64 @@ class FirstBlockCache:
 
     def decide(self, conditions: Sequence[Hashable], signature: Tensor, sigma: float) -> Decision:
         """Whether the call with this signature (B, S', C) at `sigma` may reuse earlier residuals."""
-        changes = []
-        for condition, part in zip(conditions, signature.chunk(len(conditions))):
-            changes.append(self._change(condition, part, sigma))
-        change = None if any(c is None for c in changes) else max(changes)
-        states = [self._states[condition] for condition in conditions]
+        states = [self._states.setdefault(condition, _State()) for condition in conditions]
+        changes = [self._observe(s, part, sigma) for s, part in zip(states, signature.chunk(len(states)))]
+        known = [change for change in changes if change is not None]
+        change = max(known) if len(known) == len(changes) else None
+        limit = self.config.max_consecutive_hits
         reuse = (
             change is not None
             and change < self.config.threshold
             and self.end_sigma <= sigma <= self.start_sigma
-            and all(self._calls[c] > self.config.warmup_calls for c in conditions)
-            and (self.config.max_consecutive_hits < 0 or all(s.hits < self.config.max_consecutive_hits for s in states))
+            and all(state.calls > self.config.warmup_calls for state in states)
+            and (limit < 0 or all(state.hits < limit for state in states))
         )
+        for state in states:
+            state.hits = state.hits + 1 if reuse else 0
+            if not reuse:
+                state.accumulated = 0.0
         return Decision(reuse, change)
+
+    def apply(self, conditions: Sequence[Hashable], hidden: Tensor, sigma: float) -> Tensor:
+        """The image tokens after the last block, (B, S, C), from those after the first, for a reused call."""
+        residuals = [predict(self._states[c].residuals, sigma, self.config.order) for c in conditions]
+        return torch.cat([part + residual for part, residual in zip(hidden.chunk(len(residuals)), residuals)])
+
+    def store(self, conditions: Sequence[Hashable], signature: Tensor, residual: Tensor, sigma: float) -> None:
+        """Keep what a computed call showed; the tensors must not be changed afterwards."""
+        count = len(conditions)
+        for condition, sign, change in zip(conditions, signature.chunk(count), residual.chunk(count)):
+            state = self._states[condition]
+            _append(state.signatures, sigma, sign, keep=self.config.order + 1)
+            _append(state.residuals, sigma, change, keep=self.config.order + 1)
+
+    def _observe(self, state: _State, signature: Tensor, sigma: float) -> float | None:
+        """Count a call of one conditioning and measure its change; None if there is nothing to compare with."""
+        state.calls += 1
+        if state.signatures and state.signatures[-1][1].shape != signature.shape:
+            state.signatures, state.residuals, state.previous = [], [], None
+        if not state.signatures:
+            state.previous = signature
+            return None
+        if self.config.accumulate:
+            state.accumulated += relative_change(signature, state.previous)
+            change = state.accumulated
+        else:
+            change = relative_change(signature, predict(state.signatures, sigma, self.config.order))
+        state.previous = signature
+        return change
+
+
+def relative_change(value: Tensor, reference: Tensor) -> float:
+    """Mean absolute difference over mean absolute reference, the largest of the samples of (B, S, C).
+
+    A reference of zeros or a value that is not finite gives infinity or NaN, neither of which is below a threshold.
+    """
+    difference = (value - reference).abs().mean(dim=(1, 2), dtype=torch.float32)
+    return float((difference / reference.abs().mean(dim=(1, 2), dtype=torch.float32)).max())
+
+
+def _append(history: list[Point], sigma: float, value: Tensor, keep: int) -> None:
+    """Add the newest point; it takes the place of one at the same sigma (two-call samplers come back to it)."""
+    history[:] = [point for point in history if point[0] != sigma][-(keep - 1) :] if keep > 1 else []
+    history.append((sigma, value))

@@ -55,7 +55,9 @@ class CacheHook:
 
     def first_block(self, args: dict, block: Block) -> dict:
         """Runs the first block and decides from what it changed."""
-        call: _ModelCall = args["transformer_options"][CALL_KEY]
+        call = _current(args)
+        if call is None:
+            return block(args)
         # ComfyUI's blocks add in place: what comes after must not change what is kept from before.
         before = sample_tokens(args["img"]).clone()
         out = block(args)
@@ -71,14 +73,16 @@ class CacheHook:
         return out
 
     def middle_block(self, args: dict, block: Block) -> dict:
-        call: _ModelCall = args["transformer_options"][CALL_KEY]
-        if call.reused is None:
+        call = _current(args)
+        if call is None or call.reused is None:
             return block(args)
         return {key: args[key] for key in ("img", "txt") if key in args}
 
     def last_block(self, args: dict, block: Block) -> dict:
         """Runs the last block and keeps what the stack changed, or puts in what it would have changed."""
-        call: _ModelCall = args["transformer_options"][CALL_KEY]
+        call = _current(args)
+        if call is None:
+            return block(args)
         if call.reused is not None:
             out = {key: args[key] for key in ("img", "txt") if key in args}
             # Written over, not added to: what others added between the blocks (ControlNet) is in the residual.
@@ -90,6 +94,11 @@ class CacheHook:
         self.cache.store(call.conditions, call.signature, residual, call.sigma)
         call.after_first = None
         return out
+
+
+def _current(args: dict) -> _ModelCall | None:
+    """The call in progress; None if the blocks are run by something else than the model's own forward."""
+    return args["transformer_options"].get(CALL_KEY)
 
 
 def _image_part(hidden: Tensor, call: _ModelCall) -> Tensor:

@@ -65,3 +65,18 @@ class FirstBlockCacheNode(io.ComfyNode):
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def execute(
+        cls, model, residual_diff_threshold, start_percent, end_percent, warmup_steps, max_consecutive_hits, **advanced
+    ) -> io.NodeOutput:
+        config = CacheConfig(
+            threshold=residual_diff_threshold,
+            start_percent=start_percent,
+            end_percent=end_percent,
+            warmup_calls=warmup_steps,
+            max_consecutive_hits=max_consecutive_hits,
+            node_id=cls.hidden.unique_id,
+            **advanced,
+        )
+        return io.NodeOutput(engine.edit(model, cache=config))
