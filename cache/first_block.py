@@ -84,6 +84,8 @@ class FirstBlockCache:
             state.hits = state.hits + 1 if reuse else 0
             if not reuse:
                 state.accumulated = 0.0
+                # Freed before the stack runs, so that no more than order + 1 hidden states are ever kept.
+                del state.residuals[: max(len(state.residuals) - self.config.order, 0)]
         return Decision(reuse, change)
 
     def apply(self, conditions: Sequence[Hashable], hidden: Tensor, sigma: float) -> Tensor:

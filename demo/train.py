@@ -20,11 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import MODEL_NAME
 from .lift import Lift
 from .prompt import PromptEncoder
 from .scenes import COLOURS, Scenes, read_video, render
 
-MODEL_NAME = "skein_demo_hunyuan_video.safetensors"
+
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ def make_trainable(model: nn.Module) -> None:
     """Give autograd what ComfyUI's in-place blocks would take away, and keep the residual stream in float32.
 
     The blocks add into their input, which the norm before has saved for the backward pass: so the norms get
-    clones, and so does the first block. Compiling the blocks was tried: at sizes that change from batch to
-    batch it took 130 s to start and was not faster (docs/LOG.md).
+    clones, and so does the first block. Compiling the blocks takes longer to start than it gains in 9 minutes
+    at sizes that change from batch to batch (docs/LOG.md).
     """
     import comfy.model_management
 

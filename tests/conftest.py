@@ -1,0 +1,37 @@
+"""Fixtures: the pack as a package, ComfyUI's library in this process, a real server, small models."""
+
+import pytest
+from pack import load_pack
+
+load_pack()
+
+import torch  # noqa: E402
+from skein.demo.sampling import load_demo_model  # noqa: E402
+from skein.demo.server import ComfyServer, comfyui_path  # noqa: E402
+from small_models import random_hunyuan_video  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    """As ComfyUI runs its nodes."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A real ComfyUI server with the pack installed; shared, so tests leave it as they found it."""
+    with ComfyServer(comfyui_path()) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def demo_model():
+    """The embedded checkpoint, loaded as the stock "Load Diffusion Model" node loads it."""
+    return load_demo_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """A random HunyuanVideo of two heads, 2 + 2 blocks: for what does not depend on training."""
+    return random_hunyuan_video()

@@ -1,0 +1,28 @@
+"""Random HunyuanVideo checkpoints of any shape, saved to a real file and loaded by ComfyUI's own loader."""
+
+import tempfile
+from pathlib import Path
+
+import comfy.ldm.hunyuan_video.model
+import comfy.sd
+import torch
+from safetensors.torch import save_file
+
+
+def random_hunyuan_video(seed: int = 0, hidden_size: int = 256, in_channels: int = 16, **changes):
+    """A ModelPatcher over a random float32 HunyuanVideo, 2 + 2 blocks unless `changes` says otherwise."""
+    settings = dict(
+        in_channels=in_channels, out_channels=16, vec_in_dim=768, context_in_dim=64, hidden_size=hidden_size,
+        mlp_ratio=4.0, num_heads=hidden_size // 128, depth=2, depth_single_blocks=2, axes_dim=[16, 56, 56], theta=256,
+        patch_size=[1, 2, 2], qkv_bias=True, guidance_embed=True, byt5=False, meanflow=False,
+        use_cond_type_embedding=False, vision_in_dim=None, meanflow_sum=False,
+    )  # fmt: skip
+    settings.update(changes)
+    torch.manual_seed(seed)
+    network = comfy.ldm.hunyuan_video.model.HunyuanVideo(
+        **settings, dtype=torch.float32, device="cpu", operations=torch.nn
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_file({key: value.contiguous() for key, value in network.state_dict().items()}, str(path))
+        return comfy.sd.load_diffusion_model(str(path))

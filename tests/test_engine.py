@@ -1,0 +1,137 @@
+"""Plan and engine on real ComfyUI models: what must be bit-equal is, and every apply has its undo."""
+
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from skein import engine
+from skein.demo.sampling import conditioning, sample
+from skein.plan import CacheConfig, Plan
+from skein.report import recent_runs
+from small_models import random_hunyuan_video
+
+SMALL = dict(shape=(1, 16, 3, 8, 8), steps=6)
+REUSING = CacheConfig(threshold=0.9)  # on random weights: the second call is computed, most later ones are not
+
+
+def cached(model, config=REUSING):
+    return engine.edit(model, cache=config)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_threshold_zero_and_empty_plan_are_bit_equal_to_stock(tiny_model, sampler, cfg):
+    arguments = dict(SMALL, sampler=sampler, cfg=cfg)
+    stock = sample(tiny_model, "a red circle", **arguments)
+    assert torch.equal(sample(engine.edit(tiny_model), "a red circle", **arguments), stock)
+    off = cached(tiny_model, CacheConfig(threshold=0))
+    assert torch.equal(sample(off, "a red circle", **arguments), stock)
+    # The comparison can fail: with the cache on the result differs, and calls are reused.
+    assert not torch.equal(sample(cached(tiny_model), "a red circle", **arguments), stock)
+    assert recent_runs()[-1].reused > 0
+
+
+def test_a_plan_is_edited_on_a_clone_and_the_last_node_wins(tiny_model):
+    first = engine.edit(tiny_model, cache=CacheConfig(threshold=0.1))
+    second = engine.edit(first, cache=CacheConfig(threshold=0.2))
+    assert engine.plan_of(tiny_model) == Plan()
+    assert engine.plan_of(first).cache.threshold == 0.1
+    assert engine.plan_of(second).cache.threshold == 0.2
+    assert len(second.wrappers[WrappersMP.OUTER_SAMPLE]["skein"]) == 1
+    assert engine.plan_of(second.clone()) == engine.plan_of(second)
+
+
+def raising(error):
+    def callback(step, x0, x, total):
+        if step == 3:
+            raise error
+
+    return callback
+
+
+@pytest.mark.parametrize("ending", ["normal", "exception", "interrupt"])
+def test_the_next_stock_run_is_bit_equal_however_a_cached_run_ended(tiny_model, ending):
+    import comfy.model_management
+
+    before = sample(tiny_model, "a red circle", **SMALL)
+    if ending == "normal":
+        sample(cached(tiny_model), "a red circle", **SMALL)
+    else:
+        error = Stop() if ending == "exception" else comfy.model_management.InterruptProcessingException()
+        with pytest.raises(type(error)):
+            sample(cached(tiny_model), "a red circle", **SMALL, callback=raising(error))
+    run = recent_runs()[-1]
+    assert run.finished == (ending == "normal")
+    assert run.reused > 0
+    assert torch.equal(sample(tiny_model, "a red circle", **SMALL), before)
+    assert tiny_model.model_options["transformer_options"] == {}
+
+
+def test_two_cached_runs_are_equal_and_sizes_may_change_between_them(tiny_model):
+    model = cached(tiny_model)
+    first = sample(model, "a red circle", **SMALL)
+    sample(model, "a small blue square moves up", shape=(2, 16, 2, 12, 10), steps=6)
+    assert torch.equal(sample(model, "a red circle", **SMALL), first)
+
+
+def test_the_samples_of_a_batch_are_cached_like_single_ones_when_they_are_alike(tiny_model):
+    one = torch.zeros(1, 16, 3, 8, 8)
+    single = sample(cached(tiny_model), "a red circle", latent=one, steps=6)
+    decisions = [call.reused for call in recent_runs()[-1].calls]
+    noise_of_batch = sample(cached(tiny_model), "a red circle", latent=one.repeat(2, 1, 1, 1, 1), steps=6)
+    assert any(decisions) and noise_of_batch.shape[0] == 2
+    assert torch.allclose(noise_of_batch[:1], single, atol=1e-5)
+
+
+def test_two_call_samplers_are_counted_by_model_calls(tiny_model):
+    sample(cached(tiny_model), "a red circle", **dict(SMALL, sampler="heun"))
+    run = recent_runs()[-1]
+    assert len(run.calls) == 2 * 6 - 1  # heun's last step makes one call
+    assert run.computed + run.reused == 11 and all(call.ms > 0 for call in run.calls)
+
+
+def test_cond_and_uncond_have_states_of_their_own(tiny_model):
+    """Together in one batch or one after another, each condition is compared with itself only."""
+    apart = sample(cached(tiny_model), "a red circle", "a blue square", **SMALL, cfg=3.0)
+    calls = recent_runs()[-1].calls
+    # The first call of each condition has nothing to compare with; a mix-up would give the second one a change.
+    first_sigma = [call for call in calls if call.sigma == calls[0].sigma]
+    assert all(call.change is None for call in first_sigma)
+    assert torch.isfinite(apart).all()
+
+
+HUNYUAN_KINDS = {
+    "double_and_single": (dict(), {}, 16),
+    "double_only": (dict(depth=4, depth_single_blocks=0), {}, 16),
+    "single_head_of_one_block": (dict(depth=1, depth_single_blocks=1), {}, 16),
+    "three_heads": (dict(hidden_size=384), {}, 16),
+    "token_replacement": (dict(), {"guiding_frame_index": 0}, 16),
+    "reference_latent": (dict(), {"ref_latent": torch.ones(1, 16, 1, 8, 8)}, 16),
+}
+
+
+@pytest.mark.parametrize("kind", HUNYUAN_KINDS)
+def test_every_shape_of_hunyuan_video(kind):
+    """A threshold that reuses everything it may: the output stays near stock where reuse is exact, calls are reused."""
+    changes, extra, _ = HUNYUAN_KINDS[kind]
+    model = random_hunyuan_video(**changes)
+    prompt = conditioning("a red circle moves left", **extra)
+    stock = sample(model, prompt, **SMALL)
+    tight = sample(cached(model, CacheConfig(threshold=1e-9)), prompt, **SMALL)
+    assert torch.equal(tight, stock) and recent_runs()[-1].reused == 0
+    loose = sample(cached(model), prompt, **SMALL)
+    assert recent_runs()[-1].reused > 0
+    assert 0 < (loose - stock).norm() / stock.norm() < 0.5
+
+
+def test_unknown_models_and_other_caches_are_refused_with_a_sentence(tiny_model):
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    both = EasyCacheNode.execute(cached(tiny_model), 0.2, 0.15, 0.95, False)[0]
+    with pytest.raises(ValueError, match="remove one of them"):
+        sample(both, "a red circle", **SMALL)
+    with pytest.raises(ValueError, match="at least two"):
+        sample(cached(random_hunyuan_video(depth=1, depth_single_blocks=0)), "a red circle", **SMALL)

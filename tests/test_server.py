@@ -1,0 +1,129 @@
+"""A real ComfyUI server: the demo workflow, bad input, interrupts. After each, the server goes on."""
+
+import copy
+import json
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from skein.demo import MODEL_NAME
+from skein.demo.run import WORKFLOW, node_id, read_frames, without_cache
+from skein.demo.server import PromptError
+
+CACHE, SAMPLER, LOADER, PROMPT = "SkeinFirstBlockCache", "KSampler", "UNETLoader", "SkeinDemoPrompt"
+
+
+@pytest.fixture
+def prompt():
+    """The demo workflow at a small size."""
+    graph = json.loads(WORKFLOW.read_text())
+    graph[node_id(graph, SAMPLER)]["inputs"]["steps"] = 6
+    graph[node_id(graph, "EmptyHunyuanLatentVideo")]["inputs"].update(width=128, height=128, length=9)
+    return graph
+
+
+def frames(server, graph):
+    outputs = server.run(graph)
+    return read_frames(server.file(outputs[node_id(graph, "SaveAnimatedWEBP")]["images"][0]))
+
+
+def seeded(graph, seed):
+    """A copy with another seed: ComfyUI answers an unchanged prompt from its own cache."""
+    graph = copy.deepcopy(graph)
+    graph[node_id(graph, SAMPLER)]["inputs"]["seed"] = seed
+    return graph
+
+
+def test_the_pack_is_loaded_and_the_checkpoint_is_listed(server):
+    info = server.get("/object_info")
+    assert {CACHE, PROMPT, "SkeinLatentVideoPreview"} <= set(info)
+    loader = info[LOADER]["input"]["required"]["unet_name"]
+    options = loader[0] if isinstance(loader[0], list) else loader[1]["options"]
+    assert MODEL_NAME in options
+
+
+def test_the_demo_workflow_runs_and_its_calls_are_reported(server, prompt):
+    events = []
+    outputs = server.run(prompt, events.append)
+    video = read_frames(server.file(outputs[node_id(prompt, "SaveAnimatedWEBP")]["images"][0]))
+    assert video.shape == (3, 128, 128, 3)
+    steps = [e["data"]["value"] for e in events if e["type"] == "progress" and e["data"]["node"] == node_id(prompt, SAMPLER)]
+    assert steps[-1] == 6
+    run = server.get("/skein/runs")["runs"][-1]
+    assert len(run["calls"]) == 6 and run["finished"] and run["node_id"] == node_id(prompt, CACHE)
+    assert run["computed"] + run["reused"] == 6
+
+
+def test_padded_conditioning_runs(server, prompt):
+    graph = copy.deepcopy(prompt)
+    graph[graph[node_id(graph, SAMPLER)]["inputs"]["positive"][0]]["inputs"]["padded"] = True
+    assert frames(server, graph).shape[0] == 3
+
+
+def change(class_type, **inputs):
+    def apply(graph, _folder):
+        graph[node_id(graph, class_type)]["inputs"].update(inputs)
+
+    return apply
+
+
+def unknown_words(graph, _folder):
+    graph[graph[node_id(graph, SAMPLER)]["inputs"]["positive"][0]]["inputs"]["text"] = "a dragon flies"
+
+
+def other_architecture(graph, folder):
+    import comfy.ldm.wan.model
+
+    wan = comfy.ldm.wan.model.WanModel(
+        dim=128, ffn_dim=128, num_heads=1, num_layers=2, text_dim=64, freq_dim=256, in_dim=16, out_dim=16,
+        device="cpu", dtype=torch.float32, operations=torch.nn,
+    )  # fmt: skip
+    save_file(wan.state_dict(), str(folder / "wan.safetensors"))
+    graph[node_id(graph, LOADER)]["inputs"]["unet_name"] = "wan.safetensors"
+
+
+def corrupt_checkpoint(graph, folder):
+    (folder / "corrupt.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00 not a header")
+    graph[node_id(graph, LOADER)]["inputs"]["unet_name"] = "corrupt.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (unknown_words, "does not know 'dragon', 'flies'"),
+        (change(CACHE, start_percent=0.7, end_percent=0.2), "swap the two"),
+        (change(CACHE, residual_diff_threshold=7.0), "value_bigger_than_max"),
+        (change(LOADER, unet_name="absent.safetensors"), "value_not_in_list"),
+        (other_architecture, "does not know the blocks of WanModel"),
+        (corrupt_checkpoint, "header"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_bad_input_gets_a_sentence_and_the_next_prompt_works(server, prompt, spoil, sentence):
+    graph = seeded(prompt, 21)
+    folder = server.base / "models" / "diffusion_models"
+    folder.mkdir(exist_ok=True)
+    spoil(graph, folder)
+    with pytest.raises(PromptError, match=sentence):
+        server.run(graph)
+    assert server.alive()
+    assert frames(server, seeded(prompt, 22 + int(time.time()) % 1000)).shape[0] == 3
+
+
+def test_after_an_interrupt_the_next_stock_run_is_bit_equal(server, prompt):
+    stock = without_cache(prompt)
+    before = frames(server, seeded(stock, 31))
+    long = seeded(prompt, 32)
+    long[node_id(long, SAMPLER)]["inputs"]["steps"] = 200
+
+    def interrupt_at_step_3(event):
+        if event["type"] == "progress" and event["data"]["value"] == 3:
+            threading.Thread(target=server.interrupt).start()
+
+    with pytest.raises(PromptError, match="interrupted"):
+        server.run(long, interrupt_at_step_3)
+    assert not server.get("/skein/runs")["runs"][-1]["finished"]
+    frames(server, seeded(stock, 33))  # pushes the run of seed 31 out of ComfyUI's own cache
+    assert (frames(server, seeded(stock, 31)) == before).all()
