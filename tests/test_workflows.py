@@ -1,0 +1,204 @@
+"""The shipped workflows: in step with their source, valid on a real server, complete with thumbnails and links."""
+
+import copy
+import importlib.util
+import json
+import urllib.error
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from skein.demo import MODEL_FOLDER, MODEL_NAME
+from workflow_rules import problems
+
+import workflows
+
+TEXT_TO_VIDEO = {  # the files that are not on this machine: (node, input) -> what the server says
+    ("UNETLoader", "unet_name"): "value_not_in_list",
+    ("DualCLIPLoader", "clip_name1"): "value_not_in_list",
+    ("DualCLIPLoader", "clip_name2"): "value_not_in_list",
+    ("VAELoader", "vae_name"): "value_not_in_list",
+}
+IMAGE_TO_VIDEO = {
+    **TEXT_TO_VIDEO,
+    ("CLIPVisionLoader", "clip_name"): "value_not_in_list",
+    ("LoadImage", "image"): "custom_validation_failed",
+}
+MISSING = {"hunyuan_video_i2v_cache": IMAGE_TO_VIDEO, "hunyuan_video_t2v_cache": TEXT_TO_VIDEO}
+SHIPPED = [*MISSING, "skein_demo"]
+
+
+@pytest.fixture(scope="module")
+def object_info(server):
+    return server.get("/object_info")
+
+
+def shipped(name: str) -> dict:
+    return json.loads((workflows.UI / f"{name}.json").read_text())
+
+
+def api_prompt(name: str) -> dict:
+    return json.loads((workflows.API / f"{name}.json").read_text())
+
+
+def node_of(workflow: dict, class_type: str) -> dict:
+    return next(node for node in workflow["nodes"] if node["type"] == class_type)
+
+
+def test_every_workflow_is_there_in_both_forms():
+    assert workflows.names() == SHIPPED
+    assert sorted(path.stem for path in workflows.UI.glob("*.json")) == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_workflow_is_valid(name, object_info):
+    assert problems(shipped(name), object_info, bundled=(MODEL_NAME,)) == []
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_workflow_is_what_the_generator_makes(name, object_info):
+    made = workflows.build(name, object_info)
+    assert made == shipped(name), "run: python3 scripts/dev.py scripts/workflows.py"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_workflow_has_a_thumbnail(name):
+    with Image.open(workflows.UI / f"{name}.jpg") as image:
+        assert image.format == "JPEG"
+        assert 200 <= image.width <= 1024
+
+
+def test_the_bundled_model_is_there():
+    assert (MODEL_FOLDER / MODEL_NAME).exists()
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_server_misses_nothing_but_the_files(name, server):
+    """The real server takes everything in the prompt except the files that this machine does not have."""
+    prompt = api_prompt(name)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.post("/prompt", {"prompt": prompt, "client_id": server.client_id})
+    answer = json.loads(refused.value.read())
+    said = {}
+    for key, node in answer["node_errors"].items():
+        for error in node["errors"]:
+            said[prompt[key]["class_type"], error["extra_info"]["input_name"]] = error["type"]
+    assert said == MISSING[name]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_cache_stands_between_loader_and_sampling(name):
+    """Nothing but the cache (and a look at the latent) takes the loader's model, so that no branch goes around it."""
+    prompt = api_prompt(name)
+    takers = {
+        node["class_type"]
+        for node in prompt.values()
+        for value in node["inputs"].values()
+        if isinstance(value, list) and value[1] == 0 and prompt[value[0]]["class_type"] == "UNETLoader"
+    }
+    assert takers - {"SkeinLatentVideoPreview"} == {"SkeinFirstBlockCache"}
+
+
+def test_validator_agrees_with_comfyui(object_info):
+    """ComfyUI's own template, saved by its canvas, is valid by the same rules."""
+    spec = importlib.util.find_spec("comfyui_workflow_templates_json")
+    if spec is None or spec.origin is None:
+        pytest.skip("this ComfyUI brings its templates in another way")
+    template = Path(spec.origin).parent / "templates" / "hunyuan_video_text_to_video.json"
+    assert problems(json.loads(template.read_text()), object_info) == []
+
+
+def break_node_type(workflow):
+    node_of(workflow, "KSamplerSelect")["type"] = "NoSuchNode"
+
+
+def break_link_type(workflow):
+    workflow["links"][0][5] = "LATENT"
+
+
+def break_output_slot(workflow):
+    workflow["links"][0][2] = 1
+
+
+def break_input_slot(workflow):
+    workflow["links"][0][4] = 1
+
+
+def break_socket(workflow):
+    node_of(workflow, "BasicGuider")["inputs"][0]["link"] = None
+
+
+def break_required_input(workflow):
+    node = node_of(workflow, "VAEDecodeTiled")
+    dropped = node["inputs"].pop()["link"]
+    workflow["links"] = [link for link in workflow["links"] if link[0] != dropped]
+    for output in node_of(workflow, "VAELoader")["outputs"]:
+        output["links"].remove(dropped)
+
+
+def break_order(workflow):
+    nodes = workflow["nodes"]
+    nodes[0]["order"], nodes[-2]["order"] = nodes[-2]["order"], nodes[0]["order"]
+
+
+def break_number(workflow):
+    node_of(workflow, "SkeinFirstBlockCache")["widgets_values"][0] = 1.5
+
+
+def break_step(workflow):
+    node_of(workflow, "EmptyHunyuanLatentVideo")["widgets_values"][2] = 130
+
+
+def break_choice(workflow):
+    node_of(workflow, "BasicScheduler")["widgets_values"][0] = "simpel"
+
+
+def break_count_by_one_less(workflow):
+    node_of(workflow, "SkeinFirstBlockCache")["widgets_values"].pop()
+
+
+def break_count_by_one_more(workflow):
+    node_of(workflow, "SkeinFirstBlockCache")["widgets_values"].append(0)
+
+
+def break_seed_control(workflow):
+    node_of(workflow, "RandomNoise")["widgets_values"].pop()
+
+
+def break_model_entry(workflow):
+    del node_of(workflow, "UNETLoader")["properties"]["models"]
+
+
+def break_model_url(workflow):
+    node_of(workflow, "VAELoader")["properties"]["models"][0]["url"] += ".txt"
+
+
+def break_model_directory(workflow):
+    node_of(workflow, "VAELoader")["properties"]["models"][0]["directory"] = "vaes"
+
+
+@pytest.mark.parametrize(
+    "damage, expected",
+    [
+        (break_node_type, "ComfyUI has no such node"),
+        (break_link_type, "of type LATENT"),
+        (break_output_slot, "has no output 1 of type MODEL"),
+        (break_input_slot, "has no input 1 of type MODEL"),
+        (break_socket, "the list of links and node"),
+        (break_required_input, "the input vae is not connected"),
+        (break_order, "which it needs"),
+        (break_number, "1.5 is not allowed for residual_diff_threshold"),
+        (break_step, "130 is not allowed for length"),
+        (break_choice, "'simpel' is not allowed for scheduler"),
+        (break_count_by_one_less, "there is no value for max_consecutive_hits"),
+        (break_count_by_one_more, "there is no widget for [0]"),
+        (break_seed_control, "the value after noise_seed"),
+        (break_model_entry, "hunyuan_video_t2v_720p_bf16.safetensors is in only one of"),
+        (break_model_url, "is no address of hunyuan_video_vae_bf16.safetensors"),
+        (break_model_directory, "belongs into vae, not vaes"),
+    ],
+)
+def test_validator_finds_damage(damage, expected, object_info):
+    workflow = copy.deepcopy(shipped("hunyuan_video_t2v_cache"))
+    damage(workflow)
+    assert any(expected in problem for problem in problems(workflow, object_info)), problems(workflow, object_info)
