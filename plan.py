@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 PLAN_KEY = "skein"  # the attachment and wrapper key on a ModelPatcher
+PREDICTORS = ("fit", "taylor")
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class CacheConfig:
     start_percent, end_percent: the part of sampling, 0 to 1, in which calls may be reused.
     warmup_calls: model calls at the start that are always computed.
     max_consecutive_hits: computed call forced after this many reused ones; -1 for no limit.
-    order: 0 reuses the last residual, 1 and 2 extrapolate the last two or three over sigma.
+    order: 0 reuses the last residual; 1 and 2 extrapolate from the last two or three computed calls.
+    predictor: how orders 1 and 2 extrapolate: "fit" to what the first block shows, or "taylor" over sigma.
     accumulate: compare the change summed since the last computed call, not the last change alone.
     node_id: the node to show the result on; not part of the plan's identity.
     """
@@ -29,7 +31,8 @@ class CacheConfig:
     end_percent: float = 1.0
     warmup_calls: int = 0
     max_consecutive_hits: int = -1
-    order: int = 1
+    order: int = 2
+    predictor: str = "fit"
     accumulate: bool = False
     node_id: str | None = field(default=None, compare=False)
 
@@ -48,6 +51,8 @@ class CacheConfig:
             raise ValueError(f"max_consecutive_hits must be 0 or more, or -1 for no limit, not {self.max_consecutive_hits}.")
         if self.order not in (0, 1, 2):
             raise ValueError(f"The prediction order must be 0, 1 or 2, not {self.order}.")
+        if self.predictor not in PREDICTORS:
+            raise ValueError(f"The predictor must be one of {', '.join(PREDICTORS)}, not {self.predictor!r}.")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
 """First-block cache: skip the rest of a transformer while its first block says that little has changed.
 
-The algorithm is ParaAttention's (github.com/chengzeyi/ParaAttention): run the first block, compare the change it
-made to the image tokens (the signature) with that of earlier calls, and if it is close, add what the remaining
-blocks changed (the residual) from earlier calls instead of running them.
+The frame is ParaAttention's (github.com/chengzeyi/ParaAttention): run the first block, judge by the change it made to
+the image tokens (the signature), and if it is as expected, add what the remaining blocks changed (the
+residual) in earlier calls instead of running them.
 
-Letters: B batch, S image tokens, C channels.
+What is expected, and what is added, are one weighted sum of earlier calls (see prediction.py). With order 0 both are
+the last computed call, which is ParaAttention's rule; with higher orders the decision asks how wrong the
+prediction is where it can be checked, on the first block, and so spends calls where prediction fails.
+
+Letters: B batch, S image tokens, S' sampled image tokens, C channels.
 """
 
 from collections.abc import Hashable, Sequence
@@ -14,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ..plan import CacheConfig
-from .prediction import Point, predict
+from .prediction import combine, fitted_weights, taylor_weights
 
 SIGNATURE_TOKENS = 8192  # a signature holds about this many evenly spaced tokens, which is plenty to judge a mean
+WEIGHT_LIMIT = 8.0  # a prediction with a larger weight reaches too far from its points to be trusted
 
 
 def sample_tokens(hidden: Tensor) -> Tensor:
@@ -37,11 +42,20 @@ class Decision:
 
 
 @dataclass
-class _State:
-    """What is kept of one conditioning: points of its computed calls, oldest first, over distinct sigmas."""
+class _Point:
+    """A computed call: its sigma, its signature (B, S', C) and its residual (B, S, C)."""
 
-    signatures: list[Point] = field(default_factory=list)
-    residuals: list[Point] = field(default_factory=list)
+    sigma: float
+    signature: Tensor
+    residual: Tensor
+
+
+@dataclass
+class _State:
+    """What is kept of one conditioning: its last computed calls, oldest first, over distinct sigmas."""
+
+    points: list[_Point] = field(default_factory=list)
+    weights: Tensor | None = None  # of the points, for the call in progress
     previous: Tensor | None = None  # signature of the last call, computed or not
     accumulated: float = 0.0  # change summed since the last computed call
     calls: int = 0
@@ -84,38 +98,50 @@ class FirstBlockCache:
             state.hits = state.hits + 1 if reuse else 0
             if not reuse:
                 state.accumulated = 0.0
-                # Freed before the stack runs, so that no more than order + 1 hidden states are ever kept.
-                del state.residuals[: max(len(state.residuals) - self.config.order, 0)]
+                self._make_room(state, sigma)
         return Decision(reuse, change)
 
-    def apply(self, conditions: Sequence[Hashable], hidden: Tensor, sigma: float) -> Tensor:
+    def apply(self, conditions: Sequence[Hashable], hidden: Tensor) -> Tensor:
         """The image tokens after the last block, (B, S, C), from those after the first, for a reused call."""
-        residuals = [predict(self._states[c].residuals, sigma, self.config.order) for c in conditions]
-        return torch.cat([part + residual for part, residual in zip(hidden.chunk(len(residuals)), residuals)])
+        parts = []
+        for condition, part in zip(conditions, hidden.chunk(len(conditions))):
+            state = self._states[condition]
+            assert state.weights is not None
+            parts.append(part + combine([point.residual for point in state.points], state.weights))
+        return torch.cat(parts)
 
     def store(self, conditions: Sequence[Hashable], signature: Tensor, residual: Tensor, sigma: float) -> None:
         """Keep what a computed call showed; the tensors must not be changed afterwards."""
         count = len(conditions)
         for condition, sign, change in zip(conditions, signature.chunk(count), residual.chunk(count)):
-            state = self._states[condition]
-            _append(state.signatures, sigma, sign, keep=self.config.order + 1)
-            _append(state.residuals, sigma, change, keep=self.config.order + 1)
+            self._states[condition].points.append(_Point(sigma, sign, change))
+
+    def _make_room(self, state: _State, sigma: float) -> None:
+        """Drop what the computed call at `sigma` will replace: before the stack runs, so that no more than
+        order + 1 hidden states exist at any time. Two-call samplers come back to a sigma; one point stays of it."""
+        points = [point for point in state.points if point.sigma != sigma]
+        state.points = points[max(len(points) - self.config.order, 0) :]
 
     def _observe(self, state: _State, signature: Tensor, sigma: float) -> float | None:
         """Count a call of one conditioning and measure its change; None if there is nothing to compare with."""
         state.calls += 1
-        if state.signatures and state.signatures[-1][1].shape != signature.shape:
-            state.signatures, state.residuals, state.previous = [], [], None
-        if not state.signatures:
-            state.previous = signature
+        if state.points and state.points[-1].signature.shape != signature.shape:
+            state.points = []  # another size under the same conditioning
+        previous, state.previous = state.previous, signature
+        if not state.points:
             return None
+        signatures = [point.signature for point in state.points]
+        if self.config.predictor == "fit":
+            state.weights = fitted_weights(signatures, signature)
+        else:
+            state.weights = taylor_weights([point.sigma for point in state.points], sigma, len(signature))
         if self.config.accumulate:
-            state.accumulated += relative_change(signature, state.previous)
+            assert previous is not None
+            state.accumulated += relative_change(signature, previous)
             change = state.accumulated
         else:
-            change = relative_change(signature, predict(state.signatures, sigma, self.config.order))
-        state.previous = signature
-        return change
+            change = relative_change(signature, combine(signatures, state.weights))
+        return change if float(state.weights.abs().max()) <= WEIGHT_LIMIT else None
 
 
 def relative_change(value: Tensor, reference: Tensor) -> float:
@@ -125,9 +151,3 @@ def relative_change(value: Tensor, reference: Tensor) -> float:
     """
     difference = (value - reference).abs().mean(dim=(1, 2), dtype=torch.float32)
     return float((difference / reference.abs().mean(dim=(1, 2), dtype=torch.float32)).max())
-
-
-def _append(history: list[Point], sigma: float, value: Tensor, keep: int) -> None:
-    """Add the newest point; it takes the place of one at the same sigma (two-call samplers come back to it)."""
-    history[:] = [point for point in history if point[0] != sigma][-(keep - 1) :] if keep > 1 else []
-    history.append((sigma, value))

@@ -67,7 +67,7 @@ class CacheHook:
         decision = self.cache.decide(call.conditions, call.signature, call.sigma)
         call.record = Call(call.sigma, decision.change, self.cache.config.threshold, decision.reuse)
         if decision.reuse:
-            call.reused = self.cache.apply(call.conditions, image, call.sigma)
+            call.reused = self.cache.apply(call.conditions, image)
         else:
             call.after_first = image.clone()
         return out

@@ -1,39 +1,74 @@
-"""Predicting a tensor at a new sigma from its values at earlier ones."""
+"""Predicting what the skipped blocks would have done, as a weighted sum of what they did before.
+
+Each computed call left a point: the sigma, the first block's change (signature) and the other blocks' change
+(residual). A prediction is one weight a point, summing to one. Two ways to choose the weights:
+
+- `taylor_weights`: the polynomial through the points over sigma, evaluated at the new sigma (TaylorSeer, arXiv
+  2503.06923, with finite differences on the sampler's own grid). Needs no look at the new call.
+- `fitted_weights`: the combination of the old signatures that comes closest to the new one. The first
+  block has already run, so the new signature is known, and the blocks behind it map like combinations to like
+  combinations to first order. This is the multisecant step of Anderson acceleration (Walker and Ni 2011).
+
+On the demo model fitted weights are better at every distance and order; docs/LOG.md has the figures.
+
+Letters: B batch, S tokens, C channels, N points.
+"""
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-Point = tuple[float, Tensor]  # sigma, value
+RIDGE = 0.01  # of the diagonal: keeps nearly parallel differences from cancelling each other with large weights
 
 
-def weights(sigmas: Sequence[float], sigma: float) -> list[float]:
-    """Lagrange weights of the polynomial through values at `sigmas`, evaluated at `sigma`.
-
-    One sigma gives [1] (reuse), two a line, three a parabola: the Taylor steps of order 0, 1 and 2 of
-    TaylorSeer (arXiv 2503.06923) with finite differences, on the sampler's own, uneven grid.
-    """
-    result = []
+def taylor_weights(sigmas: Sequence[float], sigma: float, batch: int) -> Tensor:
+    """Lagrange weights (N, B), float32 on the CPU, of distinct `sigmas` at `sigma`: order N - 1."""
+    weights = []
     for i, here in enumerate(sigmas):
         weight = 1.0
         for j, other in enumerate(sigmas):
             if i != j:
                 weight *= (sigma - other) / (here - other)
-        result.append(weight)
-    return result
+        weights.append(weight)
+    return torch.tensor(weights).unsqueeze(1).repeat(1, batch)
 
 
-def predict(history: Sequence[Point], sigma: float, order: int) -> Tensor:
-    """The value at `sigma` from the last `order` + 1 points of a history of distinct sigmas, oldest first.
+def fitted_weights(signatures: Sequence[Tensor], signature: Tensor) -> Tensor:
+    """Weights (N, B), float32 on the CPU, of old signatures (B, S, C), oldest first, that fit the new one.
 
-    With fewer points than that, the order falls to what they allow. Order 0 returns the stored tensor itself,
-    which the caller must not change. Raises IndexError on an empty history.
+    Least squares over the differences between neighbours, for each sample of the batch apart.
     """
-    points = history[-(order + 1) :]
-    if len(points) == 1:
-        return points[0][1]
-    coefficients = weights([point[0] for point in points], sigma)
-    result = points[0][1] * coefficients[0]
-    for coefficient, (_, value) in zip(coefficients[1:], points[1:]):
-        result.add_(value, alpha=coefficient)
+    newest, batch = signatures[-1], signature.shape[0]
+    differences = [(later - earlier).float() for earlier, later in zip(signatures, signatures[1:])]
+    if not differences:
+        return torch.ones(1, batch)
+    target = (signature - newest).float()
+    gram = torch.stack([torch.stack([_dot(a, b) for b in differences]) for a in differences])  # (N-1, N-1, B)
+    right = torch.stack([_dot(a, target) for a in differences])  # (N-1, B)
+    gram, right = gram.permute(2, 0, 1).double().cpu(), right.T.double().cpu()
+    diagonal = torch.diagonal(gram, dim1=1, dim2=2)
+    floor = 1e-9 * diagonal.sum(dim=1, keepdim=True) + 1e-30  # equal signatures (difference zero) get no weight
+    gram = gram + torch.diag_embed(RIDGE * diagonal + floor)
+    steps = torch.linalg.solve(gram, right).T.float()  # (N-1, B): how far along each difference
+    weights = torch.zeros(len(signatures), batch)
+    weights[-1] = 1
+    weights[1:] += steps
+    weights[:-1] -= steps
+    return weights
+
+
+def combine(values: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """The weighted sum of N tensors (B, S, C) under weights (N, B). A single one is returned as it is: do not
+    change the result in place."""
+    if len(values) == 1:
+        return values[0]
+    weights = weights.to(values[0].device, values[0].dtype)[:, :, None, None]
+    result = values[0] * weights[0]
+    for value, weight in zip(values[1:], weights[1:]):
+        result.addcmul_(value, weight)
     return result
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(dim=(1, 2))

@@ -1,0 +1,182 @@
+"""The cache on a stack whose blocks do plain arithmetic, so that every decision and prediction is a known number.
+
+The first block adds `first`, each of the two others doubles. From x = 1 a computed call gives (1 + first) * 4;
+a reused call gives 1 + first + residual, with the residual of a computed call being (1 + first) * 3.
+"""
+
+import pytest
+import torch
+from skein.cache import CacheHook, FirstBlockCache
+from skein.plan import CacheConfig
+from skein.report import Run, Stopwatch
+
+TEXT = 2  # text tokens in front of the image tokens in the last, single-stream block
+
+
+class ToyModel:
+    """Block 0 and 1 are double blocks, block 2 is a single block; all change their input in place, as ComfyUI's do."""
+
+    def __init__(self, hook):
+        self.hook = hook
+        self.ran = 0
+
+    def __call__(self, first, sigma, batch=1, uuids=("a",), options=None):
+        """`first` is what the first block adds; returns the image tokens after the last block."""
+        options = {"sigmas": torch.tensor([sigma]), "uuids": list(uuids), **(options or {})}
+
+        def forward(_, transformer_options):
+            def add(args):
+                args["img"] += torch.as_tensor(first)
+                return {"img": args["img"], "txt": args["txt"]}
+
+            def double(args):
+                self.ran += 1
+                args["img"] *= 2
+                return {key: args[key] for key in ("img", "txt") if key in args}
+
+            image, text = torch.ones(batch, 4, 3), torch.zeros(batch, TEXT, 3)
+            common = {"transformer_options": transformer_options}
+            out = self.hook.first_block({"img": image, "txt": text, **common}, add)
+            out = self.hook.middle_block({**out, **common}, double)
+            joined = torch.cat([out["txt"], out["img"]], dim=1)
+            return self.hook.last_block({"img": joined, **common}, double)["img"][:, TEXT:]
+
+        return self.hook.around_model(forward, None, options)
+
+
+def toy(**settings):
+    hook = CacheHook(FirstBlockCache(CacheConfig(**settings)), Run(), Stopwatch(torch.device("cpu")))
+    return ToyModel(hook), hook.run
+
+
+def value(tensor):
+    assert (tensor == tensor.flatten()[0]).all()
+    return float(tensor.flatten()[0])
+
+
+def decisions(run):
+    return "".join("r" if call.reused else "c" for call in run.calls)
+
+
+def test_order_0_is_plain_reuse_against_the_last_computed_call():
+    model, run = toy(threshold=0.06, order=0)
+    assert value(model(1.00, 1.0)) == 8.0  # computed: (1 + 1) * 4
+    assert value(model(1.05, 0.9)) == pytest.approx(2.05 + 6.0)  # reused: residual of the first call is 6
+    assert value(model(1.05, 0.8)) == pytest.approx(2.05 + 6.0)  # still 5 % from the *computed* call: reused
+    assert value(model(1.10, 0.7)) == pytest.approx(8.4)  # 10 %: computed
+    assert value(model(1.15, 0.6)) == pytest.approx(2.15 + 6.3)  # 4.5 % from the new one: reused
+    assert decisions(run) == "crrcr"
+    assert [call.change for call in run.calls] == [None, *(pytest.approx(c, rel=1e-4) for c in (0.05, 0.05, 0.10, 0.05 / 1.1))]
+    assert model.ran == 2 * 2  # two blocks in each of two computed calls
+
+
+def test_order_1_taylor_extends_the_line_over_sigma():
+    model, run = toy(threshold=0.05, order=1, predictor="taylor")
+    model(1.0, 1.0)  # residual 6.0
+    model(1.2, 0.9)  # residual 6.6; its signature is 20 % from the first: computed
+    assert value(model(1.4, 0.8)) == pytest.approx(2.4 + 7.2)  # on the line: signature and residual are exact
+    assert value(model(1.8, 0.6)) == pytest.approx(2.8 + 8.4)
+    assert value(model(1.5, 0.5)) == pytest.approx(10.0)  # off the line (2.0 expected): computed
+    assert decisions(run) == "ccrrc"
+    assert run.calls[-1].change == pytest.approx(0.5 / 2.0, rel=1e-4)
+
+
+def test_order_2_taylor_extends_the_parabola_over_sigma():
+    model, run = toy(threshold=0.05, order=2, predictor="taylor")
+    for step, sigma in enumerate((1.0, 0.9, 0.8)):
+        model(1.0 + step**2, sigma)  # 1, 2, 5: far apart, all computed
+    assert value(model(10.0, 0.7)) == pytest.approx(11.0 + 33.0, rel=1e-4)  # 1 + 3^2, on the parabola
+    assert decisions(run) == "cccr"
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_fitted_prediction_follows_the_signature_not_sigma(order):
+    """The signature moves along a known direction at an uneven pace: sigma misleads, the fit does not."""
+    model, run = toy(threshold=0.02, order=order, predictor="fit")
+    model(1.0, 1.0)
+    model(1.5, 0.9)
+    assert value(model(2.5, 0.85)) == pytest.approx(3.5 + 10.5, rel=0.02)
+    assert value(model(1.2, 0.3)) == pytest.approx(2.2 + 6.6, rel=0.02)
+    assert decisions(run) == "ccrr"
+
+
+def test_a_signature_in_a_new_direction_is_computed_however_small_the_step():
+    model, run = toy(threshold=0.02, order=1, predictor="fit")
+    model(torch.tensor([1.0, 1.0, 1.0]), 1.0)
+    model(torch.tensor([1.5, 1.5, 1.5]), 0.9)
+    model(torch.tensor([1.5, 1.5, 1.8]), 0.8)
+    assert decisions(run) == "ccc"
+
+
+def test_accumulate_sums_the_changes_since_the_last_computed_call():
+    model, run = toy(threshold=0.06, order=0, accumulate=True)
+    for index, first in enumerate((1.00, 1.04, 1.00, 1.04)):
+        model(first, 1.0 - index / 10)
+    assert decisions(run) == "crcr"  # 4 %, then 4 % + 3.8 %: computed, although back at the start
+    assert run.calls[2].change == pytest.approx(0.04 + 0.04 / 1.04, rel=1e-4)
+
+
+def test_warm_up_limit_and_range_keep_calls_from_being_reused():
+    model, run = toy(threshold=0.5, order=0, warmup_calls=3)
+    for _ in range(5):
+        model(1.0, 1.0)
+    assert decisions(run) == "cccrr"
+    model, run = toy(threshold=0.5, order=0, max_consecutive_hits=1)
+    for _ in range(6):
+        model(1.0, 1.0)
+    assert decisions(run) == "crcrcr"
+    hook = CacheHook(FirstBlockCache(CacheConfig(threshold=0.5, order=0), 0.85, 0.35), Run(), Stopwatch(torch.device("cpu")))
+    model = ToyModel(hook)
+    for sigma in (1.0, 0.9, 0.8, 0.6, 0.4, 0.2):
+        model(1.0, sigma)
+    assert decisions(hook.run) == "ccrrrc"
+
+
+def test_conditions_are_apart_whether_batched_or_in_turn():
+    """cond at 1.0, uncond at 3.0: compared with each other they would never be reused."""
+    both = torch.tensor([1.0, 3.0]).reshape(2, 1, 1)
+    model, run = toy(threshold=0.06, order=0)
+    model(both, 1.0, batch=2, uuids="ab")
+    out = model(both, 0.9, batch=2, uuids="ab")
+    assert out[0].unique() == 2 + 6 and out[1].unique() == 4 + 12
+    assert value(model(3.0, 0.8, uuids="b")) == 4 + 12  # now one after another, in another order
+    assert value(model(1.0, 0.8, uuids="a")) == 2 + 6
+    assert decisions(run) == "crrr"
+
+
+def test_one_changed_sample_makes_the_whole_batch_compute():
+    model, run = toy(threshold=0.06, order=0)
+    model(torch.tensor([1.0, 1.0]).reshape(2, 1, 1), 1.0, batch=2)
+    model(torch.tensor([1.0, 1.2]).reshape(2, 1, 1), 0.9, batch=2)
+    assert decisions(run) == "cc"
+
+
+class Window:
+    def __init__(self, frames):
+        self.index_list = frames
+
+
+def test_context_windows_of_one_conditioning_have_states_of_their_own():
+    model, run = toy(threshold=0.06, order=0)
+    first, second = ({"context_window": Window(frames)} for frames in ([0, 1], [2, 3]))
+    model(1.0, 1.0, options=first)
+    model(2.0, 1.0, options=second)
+    assert value(model(1.0, 0.9, options=first)) == 2 + 6
+    assert value(model(2.0, 0.9, options=second)) == 3 + 9
+    assert decisions(run) == "ccrr"
+
+
+def test_values_that_are_not_finite_are_never_reused():
+    model, run = toy(threshold=1.0, order=0)
+    for first in (1.0, float("nan"), float("inf")):
+        model(first, 1.0)
+    assert decisions(run) == "ccc"
+
+
+def test_the_same_sigma_twice_replaces_the_point_instead_of_dividing_by_zero():
+    model, run = toy(threshold=0.01, order=1, predictor="taylor")
+    model(1.0, 1.0)
+    model(1.2, 0.9)
+    model(1.3, 0.9)  # a two-call sampler's second look at this sigma
+    assert value(model(1.6, 0.8)) == pytest.approx(2.6 + 7.8)  # the line through 1.0 and 1.3
+    assert decisions(run) == "cccr"
