@@ -20,7 +20,7 @@ def latent_to_frames(samples: Tensor, latent_format, scale: int = 1) -> Tensor:
     channels = latent_format.latent_channels
     if getattr(samples, "is_nested", False) or samples.ndim not in (4, 5) or samples.shape[1] != channels:
         raise ValueError(
-            f"{name} latents have {channels} channels, this one has not; connect the model that the latent was made with."
+            f"{name} latents have {channels} channels, this one has not; connect the model that made the latent."
         )
     latent = latent_format.process_in(samples.float())
     reshape = getattr(latent_format, "latent_rgb_factors_reshape", None)

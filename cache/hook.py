@@ -40,6 +40,7 @@ class CacheHook:
 
     def around_model(self, execute: Callable, *args: Any, **kwargs: Any) -> Any:
         """DIFFUSION_MODEL wrapper: opens and closes a call."""
+        # Found by content: its place among the arguments differs between models and versions.
         options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "sigmas" in a)
         call = _ModelCall(_conditions(options), float(options["sigmas"].flatten()[0]))
         options[CALL_KEY] = call

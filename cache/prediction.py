@@ -14,6 +14,7 @@ On the demo model fitted weights are better at every distance and order; docs/LO
 Letters: B batch, S tokens, C channels, N points.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -40,7 +41,7 @@ def fitted_weights(signatures: Sequence[Tensor], signature: Tensor) -> Tensor:
     Least squares over the differences between neighbours, for each sample of the batch apart.
     """
     newest, batch = signatures[-1], signature.shape[0]
-    differences = [(later - earlier).float() for earlier, later in zip(signatures, signatures[1:])]
+    differences = [(later - earlier).float() for earlier, later in itertools.pairwise(signatures)]
     if not differences:
         return torch.ones(1, batch)
     target = (signature - newest).float()

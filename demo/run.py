@@ -87,7 +87,8 @@ def draw_sheet(path: Path, stock: np.ndarray, cached: np.ndarray, run: dict, tit
     rows = {"stock": stock, "cached": cached, "difference x 8": np.clip(np.abs(stock - cached) * 8, 0, 1)}
     figure = pyplot.figure(figsize=(11, 8.4), layout="constrained")
     figure.suptitle(title)
-    pictures, curve = figure.subfigures(2, 1, height_ratios=(3, 1.5))
+    parts = figure.subfigures(2, 1, height_ratios=(3, 1.5), squeeze=False)
+    pictures, curve = parts[0, 0], parts[1, 0]
     axes = pictures.subplots(3, len(shown))
     for row, (name, video) in zip(axes, rows.items()):
         row[0].set_ylabel(name)

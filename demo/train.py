@@ -10,11 +10,13 @@ Sizes vary from batch to batch at a constant number of tokens. One seed makes ev
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,8 +26,6 @@ from . import MODEL_NAME
 from .lift import Lift
 from .prompt import PromptEncoder
 from .scenes import COLOURS, Scenes, read_video, render
-
-
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,15 @@ class Config:
     empty_text: float = 0.1  # share of batches without a caption, so that CFG > 1 works
     shortened_text: float = 0.15  # share of batches with words missing from the caption
     sizes: tuple[tuple[int, int, int], ...] = (  # T, H, W of the latent, and below how often each is drawn
-        (9, 32, 32), (5, 32, 32), (5, 24, 24), (9, 24, 24), (9, 24, 40), (7, 40, 24), (3, 32, 32), (1, 32, 32), (13, 24, 24),
+        (9, 32, 32),
+        (5, 32, 32),
+        (5, 24, 24),
+        (9, 24, 24),
+        (9, 24, 40),
+        (7, 40, 24),
+        (3, 32, 32),
+        (1, 32, 32),
+        (13, 24, 24),
     )
     size_weights: tuple[float, ...] = (5, 2, 2, 2, 1, 1, 0.5, 0.5, 1)
 
@@ -73,7 +81,7 @@ def build_model(config: Config, operations=nn) -> nn.Module:
     return model
 
 
-def make_trainable(model: nn.Module) -> None:
+def make_trainable(model: Any) -> None:
     """Give autograd what ComfyUI's in-place blocks would take away, and keep the residual stream in float32.
 
     The blocks add into their input, which the norm before has saved for the backward pass: so the norms get
@@ -126,7 +134,9 @@ class Batches:
         latents = self.lift.encode(render(scenes, frames, height, width, self.rng))
         context, pooled = self.encoder.embed(self.caption_rows(scenes))
         # Stratified: every batch covers the whole range of sigma.
-        u = (torch.arange(batch, device=self.device) + torch.rand(batch, generator=self.rng, device=self.device)) / batch
+        u = (
+            torch.arange(batch, device=self.device) + torch.rand(batch, generator=self.rng, device=self.device)
+        ) / batch
         sigma = (c.shift * u / (1 + (c.shift - 1) * u)).reshape(-1, 1, 1, 1, 1)
         noise = torch.randn(latents.shape, generator=self.rng, device=self.device)
         guidance = torch.full((batch,), c.guidance, device=self.device)
@@ -149,7 +159,7 @@ def train(config: Config, minutes: float, device: torch.device) -> tuple[nn.Modu
     average = build_model(config).to(device).requires_grad_(False)
     average.load_state_dict(model.state_dict())
     make_trainable(model)
-    parameters = list(model.parameters())
+    parameters: list[Tensor] = list(model.parameters())
     optimizer = torch.optim.AdamW(
         parameters, config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=device.type == "cuda"
     )
@@ -160,7 +170,9 @@ def train(config: Config, minutes: float, device: torch.device) -> tuple[nn.Modu
     while progress < 1:
         # The schedule follows whichever runs out first, steps or minutes, so that it always ends at zero.
         progress = max(step / config.steps, (time.monotonic() - started) / (60 * minutes))
-        rate = config.learning_rate * min(1, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+        rate = (
+            config.learning_rate * min(1, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = batches.draw()
@@ -180,7 +192,10 @@ def train(config: Config, minutes: float, device: torch.device) -> tuple[nn.Modu
             curve.append((step, float(running) / 100))
             running.zero_()
             if step in (100, 200, 300) or step % 500 == 0:
-                print(f"step {step} loss {curve[-1][1]:.4f} rate {rate:.2e} {time.monotonic() - started:.0f} s", flush=True)
+                print(
+                    f"step {step} loss {curve[-1][1]:.4f} rate {rate:.2e} {time.monotonic() - started:.0f} s",
+                    flush=True,
+                )
     return average, curve
 
 
@@ -195,7 +210,7 @@ def agreement(model: nn.Module, batches: Batches, count: int = 112, steps: int =
     sigmas = (7 * u / (1 + 6 * u)).tolist()
     x = torch.randn(count, 16, 9, 32, 32, generator=rng, device=batches.device)
     guidance = torch.full((count,), 6.0, device=batches.device)
-    for sigma, following in zip(sigmas, sigmas[1:]):
+    for sigma, following in itertools.pairwise(sigmas):
         timestep = torch.full((count,), 1000 * sigma, device=batches.device)
         with torch.autocast(batches.device.type, dtype=torch.bfloat16):
             velocity = model(x, timestep, context, pooled, guidance=guidance)
@@ -213,9 +228,27 @@ def save_results(out: Path, config: Config, model: nn.Module, curve, share: floa
     save_file(tensors, str(out / MODEL_NAME), metadata={"skein_demo": json.dumps(asdict(config))})
     with open(out / "loss.csv", "w", newline="") as file:
         csv.writer(file).writerows([("step", "loss"), *curve])
+    draw_loss(out / "loss.png", curve)
     rows = torch.cat([torch.cat(list(video), dim=1) for video in videos.cpu()], dim=0)
-    Image.fromarray((rows * 255).byte().numpy()).resize((rows.shape[1] * 3, rows.shape[0] * 3), 0).save(out / "samples.png")
+    Image.fromarray((rows * 255).byte().numpy()).resize((rows.shape[1] * 3, rows.shape[0] * 3), 0).save(
+        out / "samples.png"
+    )
     print(json.dumps({"agreement": share, "steps": curve[-1][0], "loss": curve[-1][1], "colours": len(COLOURS)}))
+
+
+def draw_loss(path: Path, curve: list[tuple[int, float]]) -> None:
+    """The loss curve as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    axis.semilogy(*zip(*curve))
+    axis.set_xlabel("step")
+    axis.set_ylabel("flow matching loss")
+    axis.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from .. import engine
-from ..plan import CacheConfig
+from ..plan import PREDICTORS, CacheConfig
 
 DEFAULTS = CacheConfig()
 
@@ -18,7 +18,7 @@ class FirstBlockCacheNode(io.ComfyNode):
             description=(
                 "Skips most of the model in steps where its first block barely changes, and adds what the skipped "
                 "blocks did in earlier steps instead. Works with every sampler; connect it between the loader and the "
-                "sampler. Needs memory for two hidden states (1.5 GB at 720p x 129 frames)."
+                "sampler. Needs memory for three hidden states (2.2 GB at 720p x 129 frames; one with predict_order 0)."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="A HunyuanVideo model."),
@@ -61,6 +61,27 @@ class FirstBlockCacheNode(io.ComfyNode):
                     max=1000,
                     tooltip="Compute again after this many reused calls in a row; -1 for no limit.",
                 ),
+                io.Int.Input(
+                    "predict_order",
+                    default=DEFAULTS.order,
+                    min=0,
+                    max=2,
+                    tooltip="0 reuses the last computed call; 1 and 2 extrapolate from the last two or three.",
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "predictor",
+                    options=list(PREDICTORS),
+                    default=DEFAULTS.predictor,
+                    tooltip="How orders 1 and 2 extrapolate: fit to what the first block shows, or taylor over sigma.",
+                    advanced=True,
+                ),
+                io.Boolean.Input(
+                    "accumulate",
+                    default=DEFAULTS.accumulate,
+                    tooltip="Compare the change summed since the last computed call, not the prediction's error.",
+                    advanced=True,
+                ),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -68,7 +89,16 @@ class FirstBlockCacheNode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, residual_diff_threshold, start_percent, end_percent, warmup_steps, max_consecutive_hits, **advanced
+        cls,
+        model,
+        residual_diff_threshold: float,
+        start_percent: float,
+        end_percent: float,
+        warmup_steps: int,
+        max_consecutive_hits: int,
+        predict_order: int,
+        predictor: str,
+        accumulate: bool,
     ) -> io.NodeOutput:
         config = CacheConfig(
             threshold=residual_diff_threshold,
@@ -76,7 +106,9 @@ class FirstBlockCacheNode(io.ComfyNode):
             end_percent=end_percent,
             warmup_calls=warmup_steps,
             max_consecutive_hits=max_consecutive_hits,
+            order=predict_order,
+            predictor=predictor,
+            accumulate=accumulate,
             node_id=cls.hidden.unique_id,
-            **advanced,
         )
         return io.NodeOutput(engine.edit(model, cache=config))

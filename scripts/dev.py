@@ -84,7 +84,11 @@ def make_environment(comfyui: Path, target: Path) -> Path:
     if (target / READY).exists() and (target / READY).read_text() == stamp and python.exists():
         return python
     (target / READY).unlink(missing_ok=True)
-    if subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True).returncode if python.exists() else True:
+    if (
+        subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True).returncode
+        if python.exists()
+        else True
+    ):
         say("making a virtual environment")
         shutil.rmtree(target, ignore_errors=True)
         shared = ["--system-site-packages"] if has_torch(sys.executable) else []

@@ -26,7 +26,7 @@ def test_padded_prompts_have_a_mask_over_their_words():
 
 
 def test_unknown_words_are_named():
-    with pytest.raises(ValueError, match="does not know 'dragon', 'two'.*Use only: a moves"):
+    with pytest.raises(ValueError, match=r"does not know 'dragon', 'two'.*Use only: a moves"):
         PromptEncoder().encode("two red dragon")
     with pytest.raises(ValueError, match="at most 256"):
         PromptEncoder().encode("red " * 257)

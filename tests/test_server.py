@@ -49,7 +49,9 @@ def test_the_demo_workflow_runs_and_its_calls_are_reported(server, prompt):
     outputs = server.run(prompt, events.append)
     video = read_frames(server.file(outputs[node_id(prompt, "SaveAnimatedWEBP")]["images"][0]))
     assert video.shape == (3, 128, 128, 3)
-    steps = [e["data"]["value"] for e in events if e["type"] == "progress" and e["data"]["node"] == node_id(prompt, SAMPLER)]
+    steps = [
+        e["data"]["value"] for e in events if e["type"] == "progress" and e["data"]["node"] == node_id(prompt, SAMPLER)
+    ]
     assert steps[-1] == 6
     run = server.get("/skein/runs")["runs"][-1]
     assert len(run["calls"]) == 6 and run["finished"] and run["node_id"] == node_id(prompt, CACHE)

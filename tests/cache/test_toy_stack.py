@@ -66,7 +66,10 @@ def test_order_0_is_plain_reuse_against_the_last_computed_call():
     assert value(model(1.10, 0.7)) == pytest.approx(8.4)  # 10 %: computed
     assert value(model(1.15, 0.6)) == pytest.approx(2.15 + 6.3)  # 4.5 % from the new one: reused
     assert decisions(run) == "crrcr"
-    assert [call.change for call in run.calls] == [None, *(pytest.approx(c, rel=1e-4) for c in (0.05, 0.05, 0.10, 0.05 / 1.1))]
+    assert [call.change for call in run.calls] == [
+        None,
+        *(pytest.approx(c, rel=1e-4) for c in (0.05, 0.05, 0.10, 0.05 / 1.1)),
+    ]
     assert model.ran == 2 * 2  # two blocks in each of two computed calls
 
 
@@ -125,7 +128,9 @@ def test_warm_up_limit_and_range_keep_calls_from_being_reused():
     for _ in range(6):
         model(1.0, 1.0)
     assert decisions(run) == "crcrcr"
-    hook = CacheHook(FirstBlockCache(CacheConfig(threshold=0.5, order=0), 0.85, 0.35), Run(), Stopwatch(torch.device("cpu")))
+    hook = CacheHook(
+        FirstBlockCache(CacheConfig(threshold=0.5, order=0), 0.85, 0.35), Run(), Stopwatch(torch.device("cpu"))
+    )
     model = ToyModel(hook)
     for sigma in (1.0, 0.9, 0.8, 0.6, 0.4, 0.2):
         model(1.0, sigma)
