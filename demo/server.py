@@ -144,9 +144,18 @@ class ComfyServer:
                 if event["type"] == "execution_interrupted":
                     raise PromptError("interrupted")
                 if event["type"] == "execution_success":
-                    return self.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
+                    return self._outputs(prompt_id)
         finally:
             channel.close()
+
+    def _outputs(self, prompt_id: str) -> dict[str, dict]:
+        """A finished prompt's outputs. ComfyUI tells of success shortly before it writes the history."""
+        deadline = time.monotonic() + 30
+        while prompt_id not in (history := self.get(f"/history/{prompt_id}")):
+            if time.monotonic() > deadline:
+                raise PromptError("The server reported success, but its history has no such prompt.")
+            time.sleep(0.05)
+        return history[prompt_id]["outputs"]
 
     def submit(self, prompt: dict) -> str:
         """Queue a prompt; returns its id. Raises PromptError if the server finds it invalid."""
