@@ -79,7 +79,7 @@ def other_architecture(graph, folder):
     import comfy.ldm.wan.model
 
     wan = comfy.ldm.wan.model.WanModel(
-        dim=128, ffn_dim=128, num_heads=1, num_layers=2, text_dim=64, freq_dim=256, in_dim=16, out_dim=16,
+        dim=128, ffn_dim=128, num_heads=1, num_layers=2, text_dim=4096, freq_dim=256, in_dim=16, out_dim=16,
         device="cpu", dtype=torch.float32, operations=torch.nn,
     )  # fmt: skip
     save_file(wan.state_dict(), str(folder / "wan.safetensors"))
