@@ -28,8 +28,8 @@ import comfy.latent_formats  # noqa: E402
 import comfyui_version  # noqa: E402
 import torch  # noqa: E402
 from skein import engine  # noqa: E402
-from skein.demo.run import psnr  # noqa: E402
 from skein.demo.sampling import PROMPTS, load_demo_model, sample  # noqa: E402
+from skein.demo.video import psnr  # noqa: E402
 from skein.plan import CacheConfig  # noqa: E402
 from skein.preview import latent_to_frames  # noqa: E402
 from skein.report import recent_runs  # noqa: E402
@@ -44,6 +44,8 @@ FAMILIES: dict[str, dict] = {
     "taylor, order 2": dict(order=2, predictor="taylor"),
     "reuse (order 0)": dict(order=0),
     "fit, order 2, accumulate": dict(order=2, predictor="fit", accumulate=True),
+    "fit, order 2, 2 hits": dict(order=2, predictor="fit", max_consecutive_hits=2),
+    "fit, order 2, 3 hits": dict(order=2, predictor="fit", max_consecutive_hits=3),
 }
 EASYCACHE = (0.05, 0.1, 0.2)  # reuse thresholds; 0.2 is its default
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .server import ROOT, ComfyServer, comfyui_path, has_gpu
+from .video import psnr, read_frames
 
 WORKFLOW = ROOT / "workflows" / "api" / "skein_demo.json"
 OUT = Path(__file__).parent / "out"
@@ -59,21 +60,6 @@ def run_and_time(server: ComfyServer, prompt: dict, name: str) -> tuple[Path, fl
     outputs = server.run(prompt, on_progress)
     print(f"in {ended - begun:.1f} s", file=sys.stderr)
     return server.file(outputs[saver]["images"][0]), ended - begun
-
-
-def read_frames(video: Path) -> np.ndarray:
-    """All frames of an animated picture as (T, H, W, 3) in 0..1."""
-    from PIL import Image, ImageSequence
-
-    with Image.open(video) as image:
-        frames = [np.asarray(frame.convert("RGB"), dtype=np.float32) for frame in ImageSequence.Iterator(image)]
-    return np.stack(frames) / 255
-
-
-def psnr(video: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of values in 0..1; 99 for equal videos."""
-    error = float(((video - reference) ** 2).mean())
-    return min(-10 * math.log10(error), 99.0) if error else 99.0
 
 
 def draw_sheet(path: Path, stock: np.ndarray, cached: np.ndarray, run: dict, title: str) -> None:

@@ -106,10 +106,11 @@ def make_environment(comfyui: Path, target: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--comfyui", default="0.30.0", choices=RELEASES, help="ComfyUI version to unpack")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments for the environment's Python")
-    options = parser.parse_args()
+    options, arguments = parser.parse_known_args()  # what is not ours is for the environment's Python
     existing = os.environ.get("COMFYUI_PATH")
     if existing:
         comfyui = Path(existing).resolve()
@@ -120,9 +121,9 @@ def main() -> None:
         home = ROOT / ".dev" / options.comfyui
         comfyui = unpack_comfyui(options.comfyui, home / "ComfyUI")
     python = make_environment(comfyui, home / "venv")
-    if options.arguments:
+    if arguments:
         os.chdir(ROOT)
-        os.execve(python, [str(python), *options.arguments], {**os.environ, "COMFYUI_PATH": str(comfyui)})
+        os.execve(python, [str(python), *arguments], {**os.environ, "COMFYUI_PATH": str(comfyui)})
     say(f"ready: {comfyui}")
 
 

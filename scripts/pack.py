@@ -1,6 +1,5 @@
-"""Import this checkout as the package `skein`, as ComfyUI would, for tests and benchmarks without a server."""
+"""Make this checkout importable as the package `skein`, for tests and benchmarks without a server."""
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def load_pack() -> ModuleType:
     """Make `skein` and ComfyUI's library importable, whatever the checkout's folder is called.
 
+    The rooms are importable one by one; the entry point with the nodes is not run, so that machines which lack what
+    only ComfyUI's server needs can use the engine.
     COMFYUI_PATH names the ComfyUI folder; without a GPU its CPU mode is switched on.
     """
     if "skein" in sys.modules:
@@ -25,9 +26,7 @@ def load_pack() -> ModuleType:
 
     if not torch.cuda.is_available():
         comfy.cli_args.args.cpu = True  # before anything asks for a device
-    spec = importlib.util.spec_from_file_location("skein", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType("skein")
+    module.__path__ = [str(ROOT)]
     sys.modules["skein"] = module
-    spec.loader.exec_module(module)
     return module

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from skein.demo import MODEL_NAME
-from skein.demo.run import WORKFLOW, node_id, read_frames, without_cache
+from skein.demo.run import WORKFLOW, node_id, without_cache
 from skein.demo.server import PromptError
+from skein.demo.video import read_frames
 
 CACHE, SAMPLER, LOADER, PROMPT = "SkeinFirstBlockCache", "KSampler", "UNETLoader", "SkeinDemoPrompt"
 
