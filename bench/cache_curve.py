@@ -123,6 +123,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"thresholds {QUICK} only")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--no-easycache", action="store_true", help="leave EasyCache out, where ComfyUI's server cannot be imported"
+    )
     options = parser.parse_args()
     thresholds = QUICK if options.quick else THRESHOLDS
     started = time.monotonic()
@@ -135,7 +138,8 @@ def main() -> None:
              lambda: recent_runs()[-1].reused)
             for name, settings in FAMILIES.items() for threshold in thresholds
         ]  # fmt: skip
-        jobs += [("EasyCache (core)", threshold, *easycache(threshold)) for threshold in EASYCACHE]
+        if not options.no_easycache:
+            jobs += [("EasyCache (core)", threshold, *easycache(threshold)) for threshold in EASYCACHE]
         for name, threshold, prepare, reused in jobs:
             point = {"threshold": threshold, **measure(prepare, reused, model, references, options.steps)}
             curves.setdefault(name, []).append(point)
