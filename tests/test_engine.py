@@ -103,26 +103,39 @@ def test_cond_and_uncond_have_states_of_their_own(tiny_model):
     assert torch.isfinite(apart).all()
 
 
-HUNYUAN_KINDS = {
-    "double_and_single": (dict(), {}, 16),
-    "double_only": (dict(depth=4, depth_single_blocks=0), {}, 16),
-    "single_head_of_one_block": (dict(depth=1, depth_single_blocks=1), {}, 16),
-    "three_heads": (dict(hidden_size=384), {}, 16),
-    "token_replacement": (dict(), {"guiding_frame_index": 0}, 16),
-    "reference_latent": (dict(), {"ref_latent": torch.ones(1, 16, 1, 8, 8)}, 16),
-}
+VIDEO = (1, 16, 3, 8, 8)
+HUNYUAN_KINDS = {  # what differs from the tests' random model, in the conditioning, and the shape of the latent
+    "double_and_single": ({}, {}, VIDEO),
+    "double_only": (dict(depth=4, depth_single_blocks=0), {}, VIDEO),
+    "one_block_of_each": (dict(depth=1, depth_single_blocks=1), {}, VIDEO),
+    "three_heads": (dict(hidden_size=384), {}, VIDEO),
+    "token_replacement": ({}, {"guiding_frame_index": 0}, VIDEO),
+    "reference_latent": ({}, {"ref_latent": torch.ones(1, 16, 1, 8, 8)}, VIDEO),
+    "hunyuan_video_1.5": (
+        dict(in_channels=65, out_channels=32, vec_in_dim=None, patch_size=[1, 1, 1], guidance_embed=False, byt5=True,
+             use_cond_type_embedding=True, vision_in_dim=1152, meanflow_sum=True, depth=4, depth_single_blocks=0),
+        {"conditioning_byt5small": torch.ones(1, 7, 1472)},
+        (1, 32, 3, 8, 8),
+    ),
+    "hunyuan_image_2.1": (
+        dict(in_channels=64, out_channels=64, vec_in_dim=None, patch_size=[1, 1], axes_dim=[64, 64],
+             guidance_embed=False),
+        {},
+        (1, 64, 8, 8),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", HUNYUAN_KINDS)
 def test_every_shape_of_hunyuan_video(kind):
-    """A threshold that reuses everything it may: the output stays near stock where reuse is exact, calls are reused."""
-    changes, extra, _ = HUNYUAN_KINDS[kind]
+    """A threshold that nothing stays below leaves the output bit-equal; a wide one reuses calls and stays near it."""
+    changes, extra, shape = HUNYUAN_KINDS[kind]
     model = random_hunyuan_video(**changes)
-    prompt = conditioning("a red circle moves left", **extra)
-    stock = sample(model, prompt, **SMALL)
-    tight = sample(cached(model, CacheConfig(threshold=1e-9)), prompt, **SMALL)
+    arguments = dict(positive=conditioning("a red circle moves left", **extra), shape=shape, steps=6)
+    stock = sample(model, **arguments)
+    tight = sample(cached(model, CacheConfig(threshold=1e-9)), **arguments)
     assert torch.equal(tight, stock) and recent_runs()[-1].reused == 0
-    loose = sample(cached(model), prompt, **SMALL)
+    loose = sample(cached(model), **arguments)
     assert recent_runs()[-1].reused > 0
     assert 0 < (loose - stock).norm() / stock.norm() < 0.5
 
