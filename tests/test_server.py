@@ -130,3 +130,36 @@ def test_after_an_interrupt_the_next_stock_run_is_bit_equal(server, prompt):
     assert not server.get("/skein/runs")["runs"][-1]["finished"]
     frames(server, seeded(stock, 33))  # pushes the run of seed 31 out of ComfyUI's own cache
     assert (frames(server, seeded(stock, 31)) == before).all()
+
+
+def custom_sampling(graph, cfg):
+    """The same graph with SamplerCustomAdvanced, and a guider for `cfg`, in the KSampler's place."""
+    graph = copy.deepcopy(graph)
+    sampler = node_id(graph, SAMPLER)
+    old = graph[sampler]["inputs"]
+    graph["noise"] = {"class_type": "RandomNoise", "inputs": {"noise_seed": old["seed"]}}
+    graph["select"] = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "dpmpp_2m"}}
+    schedule = {"model": old["model"], "scheduler": "simple", "steps": old["steps"], "denoise": 1.0}
+    graph["sigmas"] = {"class_type": "BasicScheduler", "inputs": schedule}
+    if cfg == 1:
+        guider = {"class_type": "BasicGuider", "inputs": {"model": old["model"], "conditioning": old["positive"]}}
+    else:
+        sides = {"positive": old["positive"], "negative": old["negative"]}
+        guider = {"class_type": "CFGGuider", "inputs": {"model": old["model"], "cfg": cfg, **sides}}
+    graph["guider"] = guider
+    links = {"noise": ["noise", 0], "guider": ["guider", 0], "sampler": ["select", 0], "sigmas": ["sigmas", 0]}
+    graph[sampler] = {
+        "class_type": "SamplerCustomAdvanced",
+        "inputs": {**links, "latent_image": old["latent_image"]},
+    }
+    return graph
+
+
+@pytest.mark.parametrize("cfg", [1, 3.0])
+def test_sampler_custom_advanced(server, prompt, cfg):
+    stock = frames(server, custom_sampling(without_cache(prompt), cfg))
+    change(CACHE, residual_diff_threshold=0.0)(prompt, None)
+    assert (frames(server, custom_sampling(prompt, cfg)) == stock).all()
+    change(CACHE, residual_diff_threshold=0.3)(prompt, None)
+    assert (frames(server, custom_sampling(prompt, cfg)) != stock).any()
+    assert server.get("/skein/runs")["runs"][-1]["reused"] > 0
