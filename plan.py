@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 
 PLAN_KEY = "skein"  # the attachment and wrapper key on a ModelPatcher
 PREDICTORS = ("fit", "taylor")
+KERNELS = ("auto", "flash3", "flash4", "cudnn", "sage", "flash2", "stock")
+FP8_MODES = ("per_tensor", "per_row", "weight_only")
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune")
+DYNAMIC_SHAPES = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,69 @@ class CacheConfig:
             )
         if self.order not in (0, 1, 2):
             raise ValueError(f"The prediction order must be 0, 1 or 2, not {self.order}.")
-        if self.predictor not in PREDICTORS:
-            raise ValueError(f"The predictor must be one of {', '.join(PREDICTORS)}, not {self.predictor!r}.")
+        _one_of("predictor", self.predictor, PREDICTORS)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Settings of the attention (see attention/). Raises ValueError on values out of range.
+
+    kernel: one of KERNELS; "auto" takes the fastest exact one that this GPU and these packages run.
+    trim_text: cut padded text tokens and drop their mask, so that fast kernels run.
+    allow_8bit: "auto" may take 8-bit kernels, and flash3 runs in FP8.
+    exact_steps: under allow_8bit, this many first and last sampling steps stay exact.
+    node_id: the node to show the result on; not part of the plan's identity.
+    """
+
+    kernel: str = "auto"
+    trim_text: bool = True
+    allow_8bit: bool = False
+    exact_steps: int = 2
+    node_id: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        _one_of("attention kernel", self.kernel, KERNELS)
+        if self.exact_steps < 0:
+            raise ValueError(f"exact_steps must be 0 or more, not {self.exact_steps}.")
+        if self.kernel == "sage" and not self.allow_8bit:
+            raise ValueError("The sage kernel computes in 8 bits; switch allow_8bit on, or choose another kernel.")
+
+
+@dataclass(frozen=True)
+class FP8Config:
+    """Settings of FP8 linear layers (see quantization/). Raises ValueError on values out of range.
+
+    mode: FP8 arithmetic with one scale per tensor or per row, or weight_only: FP8 storage, exact arithmetic.
+    node_id: the node to show the result on; not part of the plan's identity.
+    """
+
+    mode: str = "per_tensor"
+    node_id: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        _one_of("FP8 mode", self.mode, FP8_MODES)
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """Settings of compiled blocks (see compilation/). Raises ValueError on values out of range.
+
+    mode: one of torch.compile's modes.
+    dynamic: sizes as variables of the compiled code: from the start, never, or ("auto") once one has changed.
+    warm_up: compile before the first step, on the size of this run.
+    cache_folder: where compiled code is kept; empty for PyTorch's own choice.
+    node_id: the node to show the result on; not part of the plan's identity.
+    """
+
+    mode: str = "default"
+    dynamic: str = "auto"
+    warm_up: bool = True
+    cache_folder: str = ""
+    node_id: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        _one_of("compile mode", self.mode, COMPILE_MODES)
+        _one_of("dynamic", self.dynamic, DYNAMIC_SHAPES)
 
 
 @dataclass(frozen=True)
@@ -62,3 +127,11 @@ class Plan:
     """All that is asked of the engine; None where a technique is not asked for."""
 
     cache: CacheConfig | None = None
+    attention: AttentionConfig | None = None
+    fp8: FP8Config | None = None
+    compile: CompileConfig | None = None
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"The {name} must be one of {', '.join(choices)}, not {value!r}.")
