@@ -5,24 +5,35 @@ sampling starts, the wrapper adds what the plan asks for to the run's own copy o
 puts the old options back when sampling ends, however it ends. Nothing outlives the run, nothing global changes.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_patcher
+from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from torch import Tensor
 
+from .attention import AttentionHook, Selection, override
 from .cache import CacheHook, FirstBlockCache
+from .compilation import CompiledBlocks, compile_settings
 from .models import find_stack
-from .plan import PLAN_KEY, CacheConfig, Plan
-from .report import Run, Stopwatch, publish
+from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, Plan
+from .report import Run, Stopwatch, publish, show
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
+logger = logging.getLogger("skein")
+
 OTHER_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}  # wrapper keys of ComfyUI's own caches
+COMPILE_KEY = "torch.compile"  # wrapper key of ComfyUI's own compilation, and of set_torch_compile_wrapper
+OVERRIDE = "optimized_attention_override"
 
 
 def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
@@ -49,16 +60,87 @@ def _outer_sample(executor, *args, **kwargs):
 @contextmanager
 def applied(plan: Plan, guider) -> Iterator[None]:
     """Apply a plan to a guider's run and take it off at the end, also after an exception or an interrupt."""
-    if plan.cache is None or plan.cache.threshold == 0:
-        yield
-        return
     options = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
     try:
-        with _caching(plan.cache, guider):
+        # Wrappers run in this order, blocks the other way round: the cache decides before a compiled block is entered.
+        with ExitStack() as techniques:
+            if plan.attention is not None or plan.compile is not None:
+                techniques.enter_context(_attending(plan.attention, guider))
+            if plan.compile is not None:
+                techniques.enter_context(_compiling(plan.compile, guider))
+            if plan.cache is not None and plan.cache.threshold > 0:
+                techniques.enter_context(_caching(plan.cache, guider))
             yield
     finally:
         guider.model_options = options
+
+
+@contextmanager
+def _attending(config: AttentionConfig | None, guider) -> Iterator[None]:
+    """Attention by the plan. Without one, ComfyUI's own as one operator, which compiled blocks need."""
+    config = config or AttentionConfig(kernel="stock", trim_text=False)
+    find_stack(guider.model_patcher.model.diffusion_model)
+    transformer_options = guider.model_options["transformer_options"]
+    before = transformer_options.get(OVERRIDE)
+    if before is not None:
+        winner = "it runs" if config.kernel == "stock" else "Skein's runs in the blocks; kernel stock would leave them"
+        logger.info("Skein attention: another node has set an attention of its own; %s.", winner)
+    selection = Selection(config, _stock_attention(before, transformer_options))
+    hook = AttentionHook(selection, config.trim_text)
+    add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, hook.around_model, transformer_options)
+    transformer_options[OVERRIDE] = override if before is None else _chained(before)
+    yield
+    show(config.node_id, "; ".join(selection.reasons))
+
+
+def _stock_attention(before: Callable | None, transformer_options: dict) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The attention that would run without Skein, of (B, H, S, D) as (B, S, H, D)."""
+    options = {} if before is None else {**transformer_options, OVERRIDE: before}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = optimized_attention(q, k, v, q.shape[1], skip_reshape=True, transformer_options=options)
+        return out.unflatten(2, (q.shape[1], -1))
+
+    return attend
+
+
+def _chained(before: Callable) -> Callable:
+    """Skein's override with another node's behind it, for what Skein's leaves alone."""
+    return lambda func, *args, **kwargs: override(partial(before, func), *args, **kwargs)
+
+
+@contextmanager
+def _compiling(config: CompileConfig, guider) -> Iterator[None]:
+    patcher = guider.model_patcher
+    stack = find_stack(patcher.model.diffusion_model)
+    transformer_options = guider.model_options["transformer_options"]
+    if transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(COMPILE_KEY):
+        raise ValueError("TorchCompileModel and Skein's Compile cannot work on one model; remove one of them.")
+
+    blocks = CompiledBlocks(config, partial(show, config.node_id))
+    keys = [f"diffusion_model.{name}" for name in stack.modules]
+    set_torch_compile_wrapper(_RunView(patcher, transformer_options), keys=keys, **compile_settings(config))
+    add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, blocks.around_model, transformer_options)
+    for key in stack.keys:
+        _wrap_block(transformer_options, key, blocks.around_block(key))
+    with blocks.settings():
+        yield
+
+
+class _RunView:
+    """A ModelPatcher as set_torch_compile_wrapper sees it; what it adds goes to one run's options, not to the model."""
+
+    def __init__(self, patcher: "ModelPatcher", transformer_options: dict):
+        self.get_model_object = patcher.get_model_object
+        self.model_options: dict = {}
+        self._transformer_options = transformer_options
+
+    def add_wrapper_with_key(self, kind: str, key: str, wrapper: Callable) -> None:
+        add_wrapper_with_key(kind, key, wrapper, self._transformer_options)
+
+    def remove_wrappers_with_key(self, kind: str, key: str) -> None:
+        assert not self._transformer_options.get("wrappers", {}).get(kind, {}).get(key)
 
 
 @contextmanager
@@ -67,6 +149,8 @@ def _caching(config: CacheConfig, guider) -> Iterator[None]:
     stack = find_stack(model.diffusion_model)
     transformer_options = guider.model_options["transformer_options"]
     _refuse_other_caches(transformer_options)
+    if len(stack.keys) < 2:
+        raise ValueError(f"This model has {len(stack.keys)} block(s); the first-block cache needs at least two.")
 
     run = Run(node_id=config.node_id)
     percent_to_sigma = model.model_sampling.percent_to_sigma

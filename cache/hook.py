@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..models import call_options
 from ..report import Call, Run, Stopwatch
 from .first_block import FirstBlockCache, sample_tokens
 
@@ -40,8 +41,7 @@ class CacheHook:
 
     def around_model(self, execute: Callable, *args: Any, **kwargs: Any) -> Any:
         """DIFFUSION_MODEL wrapper: opens and closes a call."""
-        # Found by content: its place among the arguments differs between models and versions.
-        options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "sigmas" in a)
+        options = call_options(args, kwargs)
         call = _ModelCall(_conditions(options), float(options["sigmas"].flatten()[0]))
         options[CALL_KEY] = call
         stop = self.stopwatch.start()

@@ -1,5 +1,6 @@
-"""What a model looks like, as data: the only room that knows one architecture from another."""
+"""What models look like, as data."""
 
-from .stacks import BlockStack, find_stack
+from .calls import Options, call_options, named_arguments
+from .stacks import BlockKey, BlockStack, find_stack
 
-__all__ = ["BlockStack", "find_stack"]
+__all__ = ["BlockKey", "BlockStack", "Options", "call_options", "find_stack", "named_arguments"]

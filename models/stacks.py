@@ -16,11 +16,20 @@ class BlockStack:
 
     double: int
     single: int
+    double_blocks: str = "double_blocks"  # attribute of the model that holds them
+    single_blocks: str = "single_blocks"
 
     @property
     def keys(self) -> list[BlockKey]:
         """All blocks in running order, as keys of `patches_replace["dit"]`."""
         return [("double_block", i) for i in range(self.double)] + [("single_block", i) for i in range(self.single)]
+
+    @property
+    def modules(self) -> list[str]:
+        """The same blocks as attribute paths from the model."""
+        return [f"{self.double_blocks}.{i}" for i in range(self.double)] + [
+            f"{self.single_blocks}.{i}" for i in range(self.single)
+        ]
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ _ARCHITECTURES = {
 def find_stack(diffusion_model: object) -> BlockStack:
     """The block stack of a ComfyUI diffusion model.
 
-    Raises ValueError if its architecture is not known, or if it has fewer than two blocks.
+    Raises ValueError if its architecture is not known.
     """
     for base in type(diffusion_model).__mro__:
         architecture = _ARCHITECTURES.get(f"{base.__module__}.{base.__qualname__}")
@@ -48,10 +57,9 @@ def find_stack(diffusion_model: object) -> BlockStack:
             f"Skein does not know the blocks of {type(diffusion_model).__name__} models; "
             "connect a HunyuanVideo model, or remove the Skein nodes."
         )
-    stack = BlockStack(
+    return BlockStack(
         double=len(getattr(diffusion_model, architecture.double_blocks)),
         single=len(getattr(diffusion_model, architecture.single_blocks)),
+        double_blocks=architecture.double_blocks,
+        single_blocks=architecture.single_blocks,
     )
-    if len(stack.keys) < 2 or stack.double == 0:
-        raise ValueError(f"This model has {len(stack.keys)} block(s); the first-block cache needs at least two.")
-    return stack

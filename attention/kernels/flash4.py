@@ -1,0 +1,32 @@
+"""FlashAttention-4 (package `flash-attn-4`, written in CuTe DSL), for Hopper and Blackwell."""
+
+from functools import cache
+
+from torch import Tensor
+
+from .kernel import HALF_TYPES, Kernel, Problem, package_obstacle
+
+
+@cache
+def _function():
+    from flash_attn.cute import flash_attn_func
+
+    return flash_attn_func
+
+
+def _obstacle(problem: Problem) -> str | None:
+    if problem.capability is None or problem.capability[0] < 9:
+        return "FlashAttention-4 runs on Hopper and Blackwell GPUs only"
+    if problem.dtype not in HALF_TYPES:
+        return f"FlashAttention-4 does not compute in {problem.dtype}"
+    if problem.head_dim not in (64, 96, 128):
+        return f"FlashAttention-4 does not take heads of {problem.head_dim}"
+    return package_obstacle("flash_attn.cute", "flash-attn-4")
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = _function()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out[0] if isinstance(out, tuple) else out
+
+
+FLASH4 = Kernel("flash4", "FlashAttention-4", True, _obstacle, _run)

@@ -1,0 +1,65 @@
+"""What a kernel is. Letters: B batch, H heads, S tokens, D head dim."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What has to be computed: the device, type and sizes of q, k and v."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    head_dim: int
+    tokens: int
+
+    @staticmethod
+    def of(q: Tensor) -> "Problem":
+        """The problem of queries (B, H, S, D)."""
+        return Problem(q.device, q.dtype, q.shape[1], q.shape[3], q.shape[2])
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """CUDA compute capability; None where this is no NVIDIA GPU."""
+        if self.device.type != "cuda" or torch.version.cuda is None:
+            return None
+        return torch.cuda.get_device_capability(self.device)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An attention kernel.
+
+    name: as in plan.KERNELS. exact: computes in the type of its inputs, not in 8 bits.
+    obstacle: why it cannot run a problem, in words; None if it can.
+    run: (B, H, S, D) queries, keys and values, any strides, to a (B, S, H, D) output.
+    """
+
+    name: str
+    label: str
+    exact: bool
+    obstacle: Callable[[Problem], str | None]
+    run: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def package_obstacle(module: str, package: str) -> str | None:
+    """Why a package cannot be used; None if it is installed."""
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name
+        found = False
+    return None if found else f"{package} is not installed"
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention as it is written down, in float32: (B, H, S, D) to (B, S, H, D). For checks on small slices."""
+    q, k, v = q.float(), k.float(), v.float()
+    weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
+    return (weights @ v).transpose(1, 2)

@@ -1,0 +1,41 @@
+"""The attention of a run as one operator of torch, so that compiled blocks hold a call and not a choice.
+
+Which kernel runs is decided when the operator runs, from what `active` holds on this thread at that moment: it may
+change between two calls (first and last steps exact, a kernel that fails, another run) without a new compilation.
+
+Letters: B batch, H heads, S tokens, D head dim.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_thread = threading.local()
+
+
+@contextmanager
+def active(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Within: skein::attention computes by `attend` on this thread, from (B, H, S, D) each to (B, S, H, D)."""
+    before = getattr(_thread, "attend", None)
+    _thread.attend = attend
+    try:
+        yield
+    finally:
+        _thread.attend = before
+
+
+@torch.library.custom_op("skein::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of (B, H, S, D) queries, keys and values as (B, S, H * D)."""
+    attend = getattr(_thread, "attend", None)
+    assert attend is not None, "skein::attention runs inside of a model call only"
+    return attend(q, k, v).flatten(2).contiguous()
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    batch, heads, tokens, head_dim = q.shape
+    return q.new_empty(batch, tokens, heads * head_dim)

@@ -1,0 +1,141 @@
+"""Which kernel runs: what can run is found, checked on real data, timed, and given up when it fails.
+
+Letters: B batch, H heads, S tokens, D head dim.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..plan import AttentionConfig
+from .kernels import KERNELS, Kernel, Problem, plain_attention
+
+logger = logging.getLogger("skein")
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, H, S, D) each to (B, S, H, D)
+
+CHECK_QUERIES, CHECK_KEYS = 64, 512
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # relative; exact kernels
+TOLERANCE_8BIT = 0.25  # on Gaussian scores FP8 is off by 8 %; this only tells broken from rough
+TIMED_TOKENS = 8192
+
+
+class Selection:
+    """The kernel of one run for each kind of problem it meets. Not made for several threads on one device."""
+
+    def __init__(self, config: AttentionConfig, stock: Attention, kernels: Sequence[Kernel] = KERNELS):
+        self.config = config
+        self.stock = stock
+        self._kernels = kernels
+        self._chosen: dict[tuple, Kernel | None] = {}
+        self._failed: set[str] = set()  # labels
+        self.reasons: list[str] = []  # what was found out, in words
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, exact: bool = True) -> Tensor:
+        """Attention of (B, H, S, D) queries, keys and values as (B, S, H, D), on the best kernel that works.
+
+        exact: no 8-bit kernel, even where the configuration allows it. Out of memory is raised, not caught.
+        """
+        while (kernel := self.kernel_for(q, k, v, exact)) is not None:
+            try:
+                return kernel.run(q, k, v)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a kernel's package may raise anything; stock attention still works
+                self._give_up(kernel, f"{type(error).__name__}: {error}")
+        return self.stock(q, k, v)
+
+    def kernel_for(self, q: Tensor, k: Tensor, v: Tensor, exact: bool = True) -> Kernel | None:
+        """The kernel that attend() runs; None for ComfyUI's own attention."""
+        exact = exact or not self.config.allow_8bit
+        key = (q.device, q.dtype, q.shape[1], q.shape[3], exact)
+        if key not in self._chosen or ((chosen := self._chosen[key]) is not None and chosen.label in self._failed):
+            self._chosen[key] = self._choose(q, k, v, exact)
+        return self._chosen[key]
+
+    def _choose(self, q: Tensor, k: Tensor, v: Tensor, exact: bool) -> Kernel | None:
+        runnable = self._runnable(Problem.of(q), exact)
+        working = [kernel for kernel in runnable if self._works(kernel, q, k, v)]
+        if not working:
+            if self.config.kernel != "stock":
+                self._say("ComfyUI's own attention runs: no other kernel can")
+            return None
+        if len(working) == 1 or q.device.type != "cuda":
+            self._say(f"{working[0].label} runs")
+            return working[0]
+        times = {kernel.label: _milliseconds(kernel, q, k, v) for kernel in working}
+        best = min(working, key=lambda kernel: times[kernel.label])
+        found = ", ".join(f"{label} {ms:.2f} ms" for label, ms in times.items())
+        self._say(f"{best.label} runs: the fastest of {found} on {min(TIMED_TOKENS, q.shape[2])} tokens")
+        return best
+
+    def _runnable(self, problem: Problem, exact: bool) -> list[Kernel]:
+        """The kernels that the configuration admits and this machine has; says why the others are not among them."""
+        wanted = self.config.kernel
+        if wanted == "stock":
+            return []
+        admitted = [k for k in self._kernels if k.exact == exact and (wanted == "auto" or k.name == wanted)]
+        if not exact and not admitted:  # an exact kernel was asked for by name
+            return self._runnable(problem, exact=True)
+        runnable = []
+        for kernel in admitted:
+            if kernel.label in self._failed:
+                continue
+            obstacle = kernel.obstacle(problem)
+            if obstacle is None:
+                runnable.append(kernel)
+            elif wanted != "auto":
+                self._say(f"{kernel.label} cannot run: {obstacle}", logging.WARNING)
+            else:
+                logger.debug("Skein attention: %s not taken, %s", kernel.label, obstacle)
+        if not runnable and not exact:
+            return self._runnable(problem, exact=True)
+        return runnable
+
+    def _works(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Compare with plain attention on a slice of the real data."""
+        q, k, v = q[:1, :, :CHECK_QUERIES], k[:1, :, :CHECK_KEYS], v[:1, :, :CHECK_KEYS]
+        if not kernel.exact:  # these want as many queries as keys
+            k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+        try:
+            error = _relative_error(kernel.run(q, k, v), plain_attention(q, k, v))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:  # as in attend()
+            self._give_up(kernel, f"{type(problem).__name__}: {problem}")
+            return False
+        tolerance = TOLERANCE.get(q.dtype, 3e-2) if kernel.exact else TOLERANCE_8BIT
+        if not error < tolerance:
+            self._give_up(kernel, f"relative error {error:.2g} against plain attention")
+            return False
+        return True
+
+    def _give_up(self, kernel: Kernel, why: str) -> None:
+        self._failed.add(kernel.label)
+        self._say(f"{kernel.label} failed and is not used again in this run ({why})", logging.WARNING)
+
+    def _say(self, reason: str, level: int = logging.INFO) -> None:
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+            logger.log(level, "Skein attention: %s", reason)
+
+
+def _relative_error(out: Tensor, reference: Tensor) -> float:
+    """Not a number where the output is not finite, which no tolerance admits."""
+    reference = reference.float()
+    return float((out.float() - reference).norm() / reference.norm().clamp(min=1e-12))
+
+
+def _milliseconds(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, repeats: int = 3) -> float:
+    """Time of a kernel on a slice, after a first run that may compile."""
+    q, k, v = (x[:1, :, :TIMED_TOKENS] for x in (q, k, v))
+    kernel.run(q, k, v)
+    torch.cuda.synchronize(q.device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        kernel.run(q, k, v)
+    torch.cuda.synchronize(q.device)
+    return 1000 * (time.perf_counter() - started) / repeats

@@ -1,0 +1,170 @@
+"""Regional compilation: the blocks are compiled, the rest of the model runs as it is.
+
+All blocks of a kind share one compiled graph, because weights are inputs of the graph. What would compile it anew is
+kept away from the blocks: they get only those transformer_options that they use, and rotary factors go to the attention
+in plain torch, where the compiler joins them to the norms before it.
+
+The functions take ComfyUI's block arguments as plain dicts, so nothing of ComfyUI is imported.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..attention import ROPE_KEY, override
+from ..models import BlockKey, call_options
+from ..plan import CompileConfig
+
+logger = logging.getLogger("skein")
+
+WARM_UP_KEY = "skein_warm_up"  # in transformer_options: the kinds of block that a warm-up call has run
+DYNAMIC = {"auto": None, "on": True, "off": False}
+RECOMPILE_LIMIT = 64  # graphs of one kind of block: sizes x batch sizes x types x FP8 modes, over a session
+ATTENTION_PATCHES = ("attn1_patch", "attn1_output_patch")  # other packs' code, which runs inside of a block
+
+Block = Callable[[dict], dict]
+
+
+def compile_settings(config: CompileConfig) -> dict[str, Any]:
+    """Arguments of torch.compile. Raises ValueError where this PyTorch cannot do it.
+
+    Inductor's own settings stay as they are: the ones that torchao would set autotune every matrix product, which
+    took 313 s on an H100 and gained nothing.
+    """
+    if not hasattr(torch.compiler, "set_stance"):
+        raise ValueError(
+            f"Compiled blocks need PyTorch 2.6 or newer, this is {torch.__version__}; update it or remove the node."
+        )
+    return {
+        "backend": "inductor",
+        "mode": None if config.mode == "default" else config.mode,
+        "dynamic": DYNAMIC[config.dynamic],
+        "fullgraph": True,
+    }
+
+
+class CompiledBlocks:
+    """The compiled blocks of one run: arguments that keep graphs valid, warm-up, and the way back to eager.
+
+    say: shows a line of status to the user.
+    """
+
+    def __init__(self, config: CompileConfig, say: Callable[[str], None]):
+        self.config = config
+        self.say = say
+        self.failed = False
+        self._warm: set[tuple] = set()  # input shapes
+
+    @contextmanager
+    def settings(self) -> Iterator[None]:
+        """Within: PyTorch's compiler settings of this run."""
+        limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+        folder = "TORCHINDUCTOR_CACHE_DIR"
+        before = os.environ.get(folder)
+        if self.config.cache_folder:
+            os.environ[folder] = self.config.cache_folder
+        try:
+            with torch._dynamo.config.patch({limit: RECOMPILE_LIMIT}):
+                yield
+        finally:
+            if before is not None:
+                os.environ[folder] = before
+            elif self.config.cache_folder:
+                os.environ.pop(folder, None)
+
+    def around_model(self, execute: Callable, *args: Any, **kwargs: Any) -> Any:
+        """DIFFUSION_MODEL wrapper: before the first call of a size, one block of each kind runs to be compiled."""
+        shapes = tuple(tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+        if self.config.warm_up and not self.failed and shapes not in self._warm:
+            self._warm.add(shapes)
+            options = call_options(args, kwargs)
+            warm = {**options, WARM_UP_KEY: set()}
+            self._warm_up(
+                lambda: execute(
+                    *(warm if a is options else a for a in args),
+                    **{name: warm if a is options else a for name, a in kwargs.items()},
+                )
+            )
+        return execute(*args, **kwargs)
+
+    def _warm_up(self, run: Callable[[], Any]) -> None:
+        self.say("compiling blocks; the first time this takes about half a minute")
+        started, graphs = time.perf_counter(), _graphs()
+        run()
+        made = _graphs() - graphs
+        if not self.failed:
+            seconds = time.perf_counter() - started
+            self.say(f"compiled {made} graphs in {seconds:.1f} s" if made else "compiled before")
+
+    def around_block(self, key: BlockKey) -> Callable[[dict, Block], dict]:
+        """A wrapper (args, block) for one block."""
+
+        def run(args: dict, block: Block) -> dict:
+            warmed = args["transformer_options"].get(WARM_UP_KEY)
+            if warmed is not None:
+                if key[0] in warmed:
+                    return {name: args[name] for name in ("img", "txt") if name in args}
+                warmed.add(key[0])
+            if not self.failed:
+                try:
+                    return self._run_compiled(key, args, block)
+                except Exception as error:
+                    self._handle(error, key)
+            # The graph is whole or absent, so nothing has run yet and `args` are as they were.
+            with torch.compiler.set_stance("force_eager"):
+                return block(args)
+
+        return run
+
+    def _run_compiled(self, key: BlockKey, args: dict, block: Block) -> dict:
+        started, graphs = time.perf_counter(), _graphs()
+        out = block(self._stable(args))
+        if _graphs() > graphs:
+            logger.info("Skein compile: %s %d in %.1f s", *key, time.perf_counter() - started)
+        return out
+
+    def _stable(self, args: dict) -> dict:
+        """Arguments that hold only what a block uses, with sizes that depend on the text marked as variable."""
+        if self.config.dynamic == "auto":
+            text = "txt" if "txt" in args else "img"
+            torch._dynamo.maybe_mark_dynamic(args[text], 1)
+            if args["pe"] is not None:
+                torch._dynamo.maybe_mark_dynamic(args["pe"], 2)
+        options = args["transformer_options"]
+        if any(options.get("patches", {}).get(name) for name in ATTENTION_PATCHES):
+            return args
+        # block_index: one number for all, or each block would be compiled for its own.
+        needed = {"optimized_attention_override": override, "block_index": 0, ROPE_KEY: args["pe"]}
+        return {**args, "pe": None, "transformer_options": needed}
+
+    def _handle(self, error: Exception, key: BlockKey) -> None:
+        """Note a failure of the compiler; anything else is raised again."""
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, torch.OutOfMemoryError):
+            raise inner from error
+        if not isinstance(error, _compiler_errors()):
+            raise error
+        self.failed = True
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        logger.warning("Skein compile: %s %d failed, this run goes on uncompiled (%s)", *key, first_line)
+        self.say(f"{key[0]} {key[1]} could not be compiled; this run goes on uncompiled (see the log)")
+
+
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    errors: list[type[Exception]] = [torch._dynamo.exc.TorchDynamoException]
+    inductor = getattr(getattr(torch, "_inductor", None), "exc", None)
+    if inductor is not None and hasattr(inductor, "InductorError"):
+        errors.append(inductor.InductorError)
+    return tuple(errors)
+
+
+def _graphs() -> int:
+    """How many graphs this process has compiled."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
