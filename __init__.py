@@ -3,7 +3,9 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import demo, routes
+from .nodes.attention import AttentionNode
 from .nodes.cache import FirstBlockCacheNode
+from .nodes.compile import CompileNode
 from .nodes.demo import DemoPromptNode
 from .nodes.preview import LatentVideoPreviewNode
 
@@ -16,7 +18,7 @@ class SkeinExtension(ComfyExtension):
         routes.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [FirstBlockCacheNode, DemoPromptNode, LatentVideoPreviewNode]
+        return [FirstBlockCacheNode, AttentionNode, CompileNode, DemoPromptNode, LatentVideoPreviewNode]
 
 
 async def comfy_entrypoint() -> SkeinExtension:

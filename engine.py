@@ -45,6 +45,22 @@ def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
     return clone
 
 
+def whole(patcher: "ModelPatcher") -> "ModelPatcher":
+    """The model without ComfyUI's dynamic VRAM, which hands out weights one by one: for what needs whole blocks.
+
+    Raises ValueError if its loader left no recipe to load it so.
+    """
+    if not patcher.is_dynamic():
+        return patcher
+    try:
+        return patcher.clone(disable_dynamic=True)
+    except RuntimeError as error:
+        raise ValueError(
+            "This model's loader cannot load it without dynamic VRAM; use ComfyUI's Load Diffusion Model, or start "
+            "ComfyUI with --disable-dynamic-vram."
+        ) from error
+
+
 def plan_of(patcher: "ModelPatcher") -> Plan:
     """The plan on a model; an empty one if no Skein node has touched it."""
     return patcher.get_attachment(PLAN_KEY) or Plan()

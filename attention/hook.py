@@ -29,7 +29,7 @@ class AttentionHook:
     def around_model(self, execute: Callable, *args: Any, **kwargs: Any) -> Any:
         """DIFFUSION_MODEL wrapper: cuts padded text, and makes this run's kernels the thread's."""
         call, config = named_arguments(execute, args, kwargs), self.selection.config
-        exact = not config.allow_8bit or _is_exact_step(call.arguments["transformer_options"], config.exact_steps)
+        exact = not config.allow_8bit or is_exact_step(call.arguments["transformer_options"], config.exact_steps)
 
         def run(arguments: dict) -> Tensor:
             call.arguments.update(arguments)
@@ -71,7 +71,7 @@ def apply_rope(x: Tensor, factors: Tensor) -> Tensor:
     return (factors[..., 0] * pairs[..., 0] + factors[..., 1] * pairs[..., 1]).reshape(x.shape).type_as(x)
 
 
-def _is_exact_step(options: dict, exact_steps: int) -> bool:
+def is_exact_step(options: dict, exact_steps: int) -> bool:
     """Whether a call's sigma is one of the first or last steps of the schedule. Calls between two steps (Heun,
     DPM) count to the step before them."""
     schedule, sigmas = options.get("sample_sigmas"), options.get("sigmas")

@@ -13,24 +13,25 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_thread = threading.local()
+ATTEND = "skein_attend"  # attribute of a thread: there, two copies of the pack in one ComfyUI share the operator
 
 
 @contextmanager
 def active(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
     """Within: skein::attention computes by `attend` on this thread, from (B, H, S, D) each to (B, S, H, D)."""
-    before = getattr(_thread, "attend", None)
-    _thread.attend = attend
+    thread = threading.current_thread()
+    before = getattr(thread, ATTEND, None)
+    setattr(thread, ATTEND, attend)
     try:
         yield
     finally:
-        _thread.attend = before
+        setattr(thread, ATTEND, before)
 
 
 @torch.library.custom_op("skein::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of (B, H, S, D) queries, keys and values as (B, S, H * D)."""
-    attend = getattr(_thread, "attend", None)
+    attend = getattr(threading.current_thread(), ATTEND, None)
     assert attend is not None, "skein::attention runs inside of a model call only"
     return attend(q, k, v).flatten(2).contiguous()
 

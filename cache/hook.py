@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models import call_options
+from ..models import WARM_UP_KEY, call_options
 from ..report import Call, Run, Stopwatch
 from .first_block import FirstBlockCache, sample_tokens
 
@@ -42,6 +42,8 @@ class CacheHook:
     def around_model(self, execute: Callable, *args: Any, **kwargs: Any) -> Any:
         """DIFFUSION_MODEL wrapper: opens and closes a call."""
         options = call_options(args, kwargs)
+        if WARM_UP_KEY in options:
+            return execute(*args, **kwargs)
         call = _ModelCall(_conditions(options), float(options["sigmas"].flatten()[0]))
         options[CALL_KEY] = call
         stop = self.stopwatch.start()

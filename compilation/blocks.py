@@ -17,12 +17,11 @@ from typing import Any
 import torch
 
 from ..attention import ROPE_KEY, override
-from ..models import BlockKey, call_options
+from ..models import WARM_UP_KEY, BlockKey, call_options
 from ..plan import CompileConfig
 
 logger = logging.getLogger("skein")
 
-WARM_UP_KEY = "skein_warm_up"  # in transformer_options: the kinds of block that a warm-up call has run
 DYNAMIC = {"auto": None, "on": True, "off": False}
 RECOMPILE_LIMIT = 64  # graphs of one kind of block: sizes x batch sizes x types x FP8 modes, over a session
 ATTENTION_PATCHES = ("attn1_patch", "attn1_output_patch")  # other packs' code, which runs inside of a block
@@ -83,7 +82,7 @@ class CompiledBlocks:
         if self.config.warm_up and not self.failed and shapes not in self._warm:
             self._warm.add(shapes)
             options = call_options(args, kwargs)
-            warm = {**options, WARM_UP_KEY: set()}
+            warm = {**options, WARM_UP_KEY: set()}  # the kinds of block that have run
             self._warm_up(
                 lambda: execute(
                     *(warm if a is options else a for a in args),

@@ -1,6 +1,6 @@
 """What models look like, as data."""
 
-from .calls import Options, call_options, named_arguments
+from .calls import WARM_UP_KEY, Options, call_options, named_arguments
 from .stacks import BlockKey, BlockStack, find_stack
 
-__all__ = ["BlockKey", "BlockStack", "Options", "call_options", "find_stack", "named_arguments"]
+__all__ = ["WARM_UP_KEY", "BlockKey", "BlockStack", "Options", "call_options", "find_stack", "named_arguments"]

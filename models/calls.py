@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 Options = dict[str, Any]  # ComfyUI's transformer_options
+WARM_UP_KEY = "skein_warm_up"  # in the options of a call that is made only to compile: nothing in it counts
 
 
 def call_options(args: tuple, kwargs: dict) -> Options:

@@ -28,10 +28,12 @@ def server():
 @pytest.fixture(scope="session")
 def demo_model():
     """The embedded checkpoint, loaded as the stock "Load Diffusion Model" node loads it."""
-    return load_demo_model()
+    with torch.inference_mode():
+        return load_demo_model()
 
 
 @pytest.fixture(scope="session")
 def tiny_model():
     """A random HunyuanVideo of two heads, 2 + 2 blocks: for what does not depend on training."""
-    return random_hunyuan_video()
+    with torch.inference_mode():
+        return random_hunyuan_video()

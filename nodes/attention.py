@@ -1,0 +1,56 @@
+"""The attention node."""
+
+from comfy_api.latest import io
+
+from .. import engine
+from ..plan import KERNELS, AttentionConfig
+
+DEFAULTS = AttentionConfig()
+
+
+class AttentionNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SkeinAttention",
+            display_name="Attention (Skein)",
+            category="Skein",
+            description=(
+                "Runs attention on the fastest exact kernel that this GPU has, and cuts padded text away so that no "
+                "attention mask is needed. The node shows which kernel runs and why."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="A HunyuanVideo model."),
+                io.Combo.Input(
+                    "kernel",
+                    options=list(KERNELS),
+                    default=DEFAULTS.kernel,
+                    tooltip="auto times those that can run and takes the fastest; stock is ComfyUI's own.",
+                ),
+                io.Boolean.Input(
+                    "trim_text",
+                    default=DEFAULTS.trim_text,
+                    tooltip="Cut padded text tokens and drop their mask. Fast kernels cannot run with a mask.",
+                ),
+                io.Boolean.Input(
+                    "allow_8bit",
+                    default=DEFAULTS.allow_8bit,
+                    tooltip="Also admit kernels that compute in 8 bits: faster, and no longer exact.",
+                ),
+                io.Int.Input(
+                    "exact_steps",
+                    default=DEFAULTS.exact_steps,
+                    min=0,
+                    max=1000,
+                    tooltip="Under allow_8bit: this many first and last steps stay exact.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, kernel: str, trim_text: bool, allow_8bit: bool, exact_steps: int) -> io.NodeOutput:
+        config = AttentionConfig(kernel, trim_text, allow_8bit, exact_steps, cls.hidden.unique_id)
+        return io.NodeOutput(engine.edit(model, attention=config))

@@ -1,0 +1,60 @@
+"""The compile node."""
+
+from comfy_api.latest import io
+
+from .. import engine
+from ..plan import COMPILE_MODES, DYNAMIC_SHAPES, CompileConfig
+
+DEFAULTS = CompileConfig()
+
+
+class CompileNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SkeinCompile",
+            display_name="Compile Blocks (Skein)",
+            category="Skein",
+            description=(
+                "Compiles each kind of transformer block once with torch.compile. The first run takes about half a "
+                "minute longer; later ones, also with other prompts and LoRA strengths, start at once."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="A HunyuanVideo model."),
+                io.Combo.Input(
+                    "mode",
+                    options=list(COMPILE_MODES),
+                    default=DEFAULTS.mode,
+                    tooltip="max-autotune tries more kernels: minutes of compilation for a few percent at most.",
+                ),
+                io.Combo.Input(
+                    "dynamic",
+                    options=list(DYNAMIC_SHAPES),
+                    default=DEFAULTS.dynamic,
+                    tooltip=(
+                        "auto: text of any length, and any size after the first change of size. on: any size from the "
+                        "start. off: compiles again for each size and each length of text."
+                    ),
+                    advanced=True,
+                ),
+                io.Boolean.Input(
+                    "warm_up",
+                    default=DEFAULTS.warm_up,
+                    tooltip="Compile before the first step instead of inside it, with a status line.",
+                    advanced=True,
+                ),
+                io.String.Input(
+                    "cache_folder",
+                    default=DEFAULTS.cache_folder,
+                    tooltip="Where compiled code is kept for the next start. Empty: PyTorch's own choice.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, mode: str, dynamic: str, warm_up: bool, cache_folder: str) -> io.NodeOutput:
+        config = CompileConfig(mode, dynamic, warm_up, cache_folder.strip(), cls.hidden.unique_id)
+        return io.NodeOutput(engine.edit(engine.whole(model), compile=config))
