@@ -7,6 +7,7 @@ from .nodes.attention import AttentionNode
 from .nodes.cache import FirstBlockCacheNode
 from .nodes.compile import CompileNode
 from .nodes.demo import DemoPromptNode
+from .nodes.fp8 import FP8QuantizeNode, FP8TextEncoderNode
 from .nodes.preview import LatentVideoPreviewNode
 
 WEB_DIRECTORY = "./web"
@@ -18,7 +19,15 @@ class SkeinExtension(ComfyExtension):
         routes.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [FirstBlockCacheNode, AttentionNode, CompileNode, DemoPromptNode, LatentVideoPreviewNode]
+        return [
+            FirstBlockCacheNode,
+            AttentionNode,
+            FP8QuantizeNode,
+            FP8TextEncoderNode,
+            CompileNode,
+            DemoPromptNode,
+            LatentVideoPreviewNode,
+        ]
 
 
 async def comfy_entrypoint() -> SkeinExtension:

@@ -17,13 +17,14 @@ import comfy.model_patcher
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import AttentionHook, Selection, override
 from .cache import CacheHook, FirstBlockCache
 from .compilation import CompiledBlocks, compile_settings
 from .models import find_stack
-from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, Plan
+from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
+from .quantization import quantized
 from .report import Run, Stopwatch, publish, show
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def applied(plan: Plan, guider) -> Iterator[None]:
     try:
         # Wrappers run in this order, blocks the other way round: the cache decides before a compiled block is entered.
         with ExitStack() as techniques:
+            if plan.fp8 is not None:
+                techniques.enter_context(_quantizing(plan.fp8, guider))
             if plan.attention is not None or plan.compile is not None:
                 techniques.enter_context(_attending(plan.attention, guider))
             if plan.compile is not None:
@@ -90,6 +93,27 @@ def applied(plan: Plan, guider) -> Iterator[None]:
             yield
     finally:
         guider.model_options = options
+
+
+@contextmanager
+def _quantizing(config: FP8Config, guider) -> Iterator[None]:
+    """The model's FP8 twin in the model's place, before ComfyUI loads it."""
+    patcher = guider.model_patcher
+    network = patcher.model.diffusion_model
+    stack = find_stack(network)
+    layers = {}
+    for block in stack.modules:
+        for name, module in network.get_submodule(block).named_modules():
+            modulation = stack.is_modulation(name)
+            if isinstance(module, nn.Linear) and (config.modulation or not modulation):
+                layers[f"diffusion_model.{block}.{name}"] = "weight_only" if modulation else config.mode
+    guider.model_patcher, sentence = quantized(patcher, layers)
+    logger.info("Skein %s", sentence)
+    show(config.node_id, sentence)
+    try:
+        yield
+    finally:
+        guider.model_patcher = patcher
 
 
 @contextmanager

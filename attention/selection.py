@@ -20,7 +20,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, H, S, D) each to (
 CHECK_QUERIES, CHECK_KEYS = 64, 512
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # relative; exact kernels
 TOLERANCE_8BIT = 0.25  # on Gaussian scores FP8 is off by 8 %; this only tells broken from rough
-TIMED_TOKENS = 8192
+TIMED_QUERIES = 8192  # against all keys: kernels differ in what they do once for all keys
 
 
 class Selection:
@@ -69,7 +69,7 @@ class Selection:
         times = {kernel.label: _milliseconds(kernel, q, k, v) for kernel in working}
         best = min(working, key=lambda kernel: times[kernel.label])
         found = ", ".join(f"{label} {ms:.2f} ms" for label, ms in times.items())
-        self._say(f"{best.label} runs: the fastest of {found} on {min(TIMED_TOKENS, q.shape[2])} tokens")
+        self._say(f"{best.label} runs: the fastest of {found} on {min(TIMED_QUERIES, q.shape[2])} queries")
         return best
 
     def _runnable(self, problem: Problem, exact: bool) -> list[Kernel]:
@@ -77,9 +77,10 @@ class Selection:
         wanted = self.config.kernel
         if wanted == "stock":
             return []
-        admitted = [k for k in self._kernels if k.exact == exact and (wanted == "auto" or k.name == wanted)]
-        if not exact and not admitted:  # an exact kernel was asked for by name
-            return self._runnable(problem, exact=True)
+        named = [kernel for kernel in self._kernels if wanted in ("auto", kernel.name)]
+        admitted = [kernel for kernel in named if kernel.exact or not exact]
+        if wanted != "auto" and any(not kernel.exact for kernel in admitted):
+            admitted = [kernel for kernel in admitted if not kernel.exact]
         runnable = []
         for kernel in admitted:
             if kernel.label in self._failed:
@@ -91,8 +92,6 @@ class Selection:
                 self._say(f"{kernel.label} cannot run: {obstacle}", logging.WARNING)
             else:
                 logger.debug("Skein attention: %s not taken, %s", kernel.label, obstacle)
-        if not runnable and not exact:
-            return self._runnable(problem, exact=True)
         return runnable
 
     def _works(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -130,8 +129,8 @@ def _relative_error(out: Tensor, reference: Tensor) -> float:
 
 
 def _milliseconds(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, repeats: int = 3) -> float:
-    """Time of a kernel on a slice, after a first run that may compile."""
-    q, k, v = (x[:1, :, :TIMED_TOKENS] for x in (q, k, v))
+    """Time of a kernel on some of the queries, after a first run that may compile."""
+    q, k, v = q[:1, :, :TIMED_QUERIES], k[:1], v[:1]
     kernel.run(q, k, v)
     torch.cuda.synchronize(q.device)
     started = time.perf_counter()

@@ -18,6 +18,11 @@ class BlockStack:
     single: int
     double_blocks: str = "double_blocks"  # attribute of the model that holds them
     single_blocks: str = "single_blocks"
+    modulation: tuple[str, ...] = (
+        "img_mod",
+        "txt_mod",
+        "modulation",
+    )  # of a block
 
     @property
     def keys(self) -> list[BlockKey]:
@@ -30,6 +35,10 @@ class BlockStack:
         return [f"{self.double_blocks}.{i}" for i in range(self.double)] + [
             f"{self.single_blocks}.{i}" for i in range(self.single)
         ]
+
+    def is_modulation(self, layer: str) -> bool:
+        """Whether a layer, by its path in a block, belongs to the block's modulation."""
+        return layer.split(".")[0] in self.modulation
 
 
 @dataclass(frozen=True)
