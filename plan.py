@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 PLAN_KEY = "skein"  # the attachment and wrapper key on a ModelPatcher
 PREDICTORS = ("fit", "taylor")
 KERNELS = ("auto", "flash3", "flash4", "cudnn", "sage", "flash2", "stock")
-FP8_MODES = ("per_tensor", "per_row", "weight_only")
+FP8_MODES = ("per_row", "per_tensor", "weight_only")
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune")
 DYNAMIC_SHAPES = ("auto", "on", "off")
 
@@ -94,7 +94,7 @@ class FP8Config:
     node_id: the node to show the result on; not part of the plan's identity.
     """
 
-    mode: str = "per_tensor"
+    mode: str = "per_row"
     modulation: bool = True
     node_id: str | None = field(default=None, compare=False)
 

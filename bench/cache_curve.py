@@ -24,14 +24,12 @@ from pack import load_pack  # noqa: E402
 
 load_pack()
 
-import comfy.latent_formats  # noqa: E402
 import comfyui_version  # noqa: E402
 import torch  # noqa: E402
 from skein import engine  # noqa: E402
-from skein.demo.sampling import PROMPTS, load_demo_model, sample  # noqa: E402
-from skein.demo.video import psnr  # noqa: E402
+from skein.bench.previews import compare, sampled  # noqa: E402
+from skein.demo.sampling import PROMPTS, load_demo_model  # noqa: E402
 from skein.plan import CacheConfig  # noqa: E402
-from skein.preview import latent_to_frames  # noqa: E402
 from skein.report import recent_runs  # noqa: E402
 
 OUT = ROOT / "bench" / "out"
@@ -50,23 +48,11 @@ FAMILIES: dict[str, dict] = {
 EASYCACHE = (0.05, 0.1, 0.2)  # reuse thresholds; 0.2 is its default
 
 
-def frames(latent) -> "object":
-    return latent_to_frames(latent, comfy.latent_formats.HunyuanVideo()).numpy()
-
-
 def measure(prepare: Callable, reused: Callable[[], int], model, references: list, steps: int) -> dict:
     """Mean share of reused calls, mean and worst PSNR over the prompts."""
-    shares, qualities = [], []
-    for index, prompt in enumerate(PROMPTS):
-        latent = sample(prepare(model), prompt, seed=100 + index, steps=steps)
-        shares.append(reused() / steps)
-        qualities.append(psnr(frames(latent), references[index]))
-    return {
-        "reused": sum(shares) / len(shares),
-        "psnr_mean": sum(qualities) / len(qualities),
-        "psnr_worst": min(qualities),
-        "psnr": [round(quality, 2) for quality in qualities],
-    }
+    shares: list[float] = []
+    quality = compare(prepare, model, references, steps, lambda: shares.append(reused() / steps))
+    return {"reused": sum(shares) / len(shares), **quality}
 
 
 def easycache(threshold: float) -> tuple[Callable, Callable[[], int]]:
@@ -131,7 +117,7 @@ def main() -> None:
     started = time.monotonic()
     with torch.inference_mode():
         model = load_demo_model()
-        references = [frames(sample(model, p, seed=100 + i, steps=options.steps)) for i, p in enumerate(PROMPTS)]
+        references = sampled(model, options.steps)
         curves: dict[str, list[dict]] = {}
         jobs = [
             (name, threshold, lambda m, s=settings, t=threshold: engine.edit(m, cache=CacheConfig(threshold=t, **s)),

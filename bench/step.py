@@ -32,14 +32,14 @@ from skein.demo.sampling import sample  # noqa: E402
 from skein.plan import AttentionConfig, CompileConfig, FP8Config, Plan  # noqa: E402
 
 EXACT, EIGHT_BIT, COMPILE = AttentionConfig(), AttentionConfig(allow_8bit=True, exact_steps=0), CompileConfig()
-STATIC = CompileConfig(dynamic="off")
+STATIC, TUNED = CompileConfig(dynamic="off"), CompileConfig(mode="max-autotune-no-cudagraphs")
 TENSOR, ROW = FP8Config("per_tensor"), FP8Config("per_row")
 PATHS: dict[str, Plan] = {
     "stock": Plan(),
     "cudnn": Plan(attention=AttentionConfig(kernel="cudnn")),
     "attention": Plan(attention=EXACT),
     "compile": Plan(compile=COMPILE),
-    "fp8 tensor": Plan(fp8=TENSOR),
+    "fp8 row": Plan(fp8=ROW),
     "attention + compile": Plan(attention=EXACT, compile=COMPILE),
     "attention + compile, static": Plan(attention=EXACT, compile=STATIC),
     "attention + compile + fp8 tensor": Plan(attention=EXACT, compile=COMPILE, fp8=TENSOR),
@@ -47,6 +47,7 @@ PATHS: dict[str, Plan] = {
     "8-bit attention + compile": Plan(attention=EIGHT_BIT, compile=COMPILE),
     "8-bit attention + compile + fp8 row": Plan(attention=EIGHT_BIT, compile=COMPILE, fp8=ROW),
     "8-bit attention + compile + fp8 tensor": Plan(attention=EIGHT_BIT, compile=COMPILE, fp8=TENSOR),
+    "attention + compile, autotuned": Plan(attention=EXACT, compile=TUNED),
 }
 
 

@@ -9,6 +9,8 @@ graph from parts that were moved.
 Letters: N outputs, K inputs, M rows (tokens).
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,13 +21,22 @@ TINY = 1e-12  # least scale: rows of zeros stay zeros
 ALIGNMENT = 16  # of N and K, for FP8 products
 
 
+@cache
 def supported_mode(mode: str, device: torch.device) -> str:
-    """The mode itself, or weight_only where the GPU cannot multiply in FP8 (compute capability below 8.9). On a CPU
-    every mode runs, by the same maths in float32, for tests."""
-    if mode == "weight_only" or device.type == "cpu":
-        return mode
-    if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (8, 9):
-        return mode
+    """The mode itself, or the nearest one that the device can do: it is tried on a small product.
+
+    FP8 products need compute capability 8.9, one scale a row more than some of those GPUs have. On a CPU every mode
+    runs, by the same maths in float32, for tests.
+    """
+    for candidate in dict.fromkeys((mode, "per_tensor")):
+        if candidate == "weight_only":
+            break
+        try:
+            layer = QuantizedLinear(torch.ones(32, 32, device=device, dtype=torch.bfloat16), None, candidate)
+            layer(torch.ones(32, 32, device=device, dtype=torch.bfloat16))
+        except (RuntimeError, ValueError, NotImplementedError, AttributeError):
+            continue
+        return candidate
     return "weight_only"
 
 

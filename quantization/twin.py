@@ -70,12 +70,17 @@ def quantized(patcher: "ModelPatcher", layers: dict[str, str], done: str = "FP8"
     patched = sum(any(patches) for patches in twin.merged.values())
     size = memory.module_size(twin.model)
     sentence = (
-        f"{done}: {memory.module_size(patcher.model) / 1e9:.1f} -> {size / 1e9:.1f} GB, {len(layers)} layers"
+        f"{done}: {_gigabytes(memory.module_size(patcher.model))} -> {_gigabytes(size)} GB, {len(layers)} layers "
+        + " and ".join(sorted(set(twin.mode.values())))
         + (f", LoRA merged into {patched}" if patched else "")
         + (f", {left_out} left as they are" if left_out else "")
         + (f"; {len(changed)} quantized in {time.perf_counter() - started:.1f} s" if changed else "")
     )
     return _patcher_over(twin, patcher), sentence
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g}"
 
 
 def _eligible(patcher: "ModelPatcher", layers: dict[str, str]) -> tuple[dict[str, str], int]:
