@@ -66,6 +66,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--paths", nargs="*", default=list(PATHS))
     options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("skein").setLevel(logging.INFO)
     with torch.inference_mode():
         model = models.random_model(options.double, options.single, options.hidden)

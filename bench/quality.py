@@ -9,6 +9,7 @@ one JSON line.
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -67,6 +68,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     rows = []
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("skein").setLevel(logging.INFO)
     with torch.inference_mode():
         model = load_demo_model()
         exact = engine.edit(model, attention=EXACT)

@@ -11,6 +11,7 @@ against float32 on a slice (bench/attention.py). Ends with one JSON line.
 import argparse
 import itertools
 import json
+import logging
 import statistics
 import sys
 import time
@@ -158,6 +159,8 @@ def main() -> None:
     parser.add_argument("--profile", nargs="*", default=[], help="paths of which to print the kernels' times")
     options = parser.parse_args()
 
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("skein").setLevel(logging.INFO)
     with torch.inference_mode():
         model = models.random_model(options.double, options.single, options.hidden)
         shape = models.latent_shape(options.width, options.height, options.frames)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 TINY = 1e-12  # least scale: rows of zeros stay zeros
+ROWS_AT_ONCE = 16384
 ALIGNMENT = 16  # of N and K, for FP8 products
 
 
@@ -42,12 +43,29 @@ def supported_mode(mode: str, device: torch.device) -> str:
 
 def scale_of(x: Tensor, per_row: bool) -> Tensor:
     """float32 scales of (..., K): (..., 1) a row, or one of as many dimensions for all."""
-    amax = x.abs().amax(dim=-1, keepdim=True) if per_row else x.abs().amax().reshape([1] * x.ndim)
+    amax = x.abs().amax(dim=-1, keepdim=True)
+    if not per_row:
+        amax = amax.amax(dim=tuple(range(x.ndim)), keepdim=True) if x.numel() else amax.new_ones([1] * x.ndim)
     return (amax.float() / FP8_MAX).clamp(min=TINY)
 
 
 def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
     return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def quantized_rows(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
+    """FP8 values and scales of (M, K). Outside of compiled blocks in pieces, so that no float32 copy of x exists."""
+    if torch.compiler.is_compiling() or x.shape[0] <= ROWS_AT_ONCE:
+        scale = scale_of(x, per_row)
+        return to_fp8(x, scale), scale
+    scale = torch.cat([scale_of(piece, per_row) for piece in x.split(ROWS_AT_ONCE)])
+    if not per_row:
+        scale = scale.amax().reshape(1, 1)
+    values = torch.empty(x.shape, device=x.device, dtype=FP8)
+    for start in range(0, x.shape[0], ROWS_AT_ONCE):
+        piece = slice(start, start + ROWS_AT_ONCE)
+        values[piece] = to_fp8(x[piece], scale[piece] if per_row else scale)
+    return values, scale
 
 
 class QuantizedLinear(nn.Module):
@@ -87,8 +105,8 @@ class QuantizedLinear(nn.Module):
                 dequantized = function(dequantized)
             return F.linear(x, dequantized, bias)
         rows = x.reshape(-1, x.shape[-1])
-        x_scale = scale_of(rows, per_row=self.mode == "per_row")
-        return fp8_product(to_fp8(rows, x_scale), x_scale, weight, scale, bias, x.dtype).unflatten(0, x.shape[:-1])
+        values, x_scale = quantized_rows(rows, per_row=self.mode == "per_row")
+        return fp8_product(values, x_scale, weight, scale, bias, x.dtype).unflatten(0, x.shape[:-1])
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs) -> Tensor:
         """ComfyUI's seam for patches on a format of one's own: FP8 values, cast to another type, to true weights."""

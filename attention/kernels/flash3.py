@@ -53,7 +53,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _run_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    (q8, q_scale), (k8, k_scale), (v8, v_scale) = _quantize()(q, k, v)
+    (q8, q_scale), (k8, k_scale), (v8, v_scale) = quantize_heads(q, k, v)
     out = _function()(
         q8.transpose(1, 2), k8.transpose(1, 2), v8.transpose(1, 2),
         q_descale=q_scale, k_descale=k_scale, v_descale=v_scale,
@@ -63,21 +63,34 @@ def _run_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def quantize_heads(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """FP8 values (B, H, S, D) and float32 scales (B, H) of queries, keys less their mean, and values."""
-    k = k - k.mean(dim=2, keepdim=True, dtype=torch.float32)
-    return [_quantize_one(q), _quantize_one(k), _quantize_one(v)]
+    """FP8 values (B, H, S, D) and float32 scales (B, H) of queries, keys less their mean, and values.
+
+    What runs over all tokens is cut so that every step has work for a whole GPU: a maximum over a head at once would
+    occupy as many multiprocessors as there are heads, and cost more than it saves.
+    """
+    zero = torch.zeros((), device=q.device)
+    k_mean = k.mean(dim=2, keepdim=True, dtype=torch.float32)
+    largest, rounded = _compiled()
+    parts = []
+    for x, offset in ((q, zero), (k, k_mean), (v, zero)):
+        scale = largest(x, offset).amax(dim=2, keepdim=True).clamp(min=1e-12) / FP8_MAX
+        parts.append((rounded(x, offset, scale), scale[:, :, 0, 0].contiguous()))
+    return parts
 
 
-def _quantize_one(x: Tensor) -> tuple[Tensor, Tensor]:
-    amax = x.abs().amax(dim=(2, 3), keepdim=True).float().clamp(min=1e-12)
-    values = (x.float() * (FP8_MAX / amax)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
-    return values, (amax / FP8_MAX)[:, :, 0, 0]
+def _largest(x: Tensor, offset: Tensor) -> Tensor:
+    """The largest magnitude of each token: (B, H, S, 1), float32."""
+    return (x.float() - offset).abs().amax(dim=3, keepdim=True)
+
+
+def _rounded(x: Tensor, offset: Tensor, scale: Tensor) -> Tensor:
+    return ((x.float() - offset) / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 @cache
-def _quantize():
-    """Compiled: eagerly it would move about four times the bytes. One kernel set serves every length."""
-    return torch.compile(quantize_heads, dynamic=True)
+def _compiled():
+    """Compiled for any length: eagerly they would move about four times the bytes."""
+    return torch.compile(_largest, dynamic=True), torch.compile(_rounded, dynamic=True)
 
 
 FLASH3 = Kernel("flash3", "FlashAttention-3", True, _obstacle, _run)
