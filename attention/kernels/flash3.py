@@ -63,34 +63,21 @@ def _run_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def quantize_heads(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """FP8 values (B, H, S, D) and float32 scales (B, H) of queries, keys less their mean, and values.
-
-    What runs over all tokens is cut so that every step has work for a whole GPU: a maximum over a head at once would
-    occupy as many multiprocessors as there are heads, and cost more than it saves.
-    """
-    zero = torch.zeros((), device=q.device)
+    """FP8 values (B, H, S, D) and float32 scales (B, H) of queries, keys less their mean, and values."""
+    if q.device.type == "cuda":
+        from .fp8_triton import quantize_head
+    else:
+        quantize_head = quantize_head_plainly
+    zero = torch.zeros(1, 1, 1, q.shape[3], device=q.device)
     k_mean = k.mean(dim=2, keepdim=True, dtype=torch.float32)
-    largest, rounded = _compiled()
-    parts = []
-    for x, offset in ((q, zero), (k, k_mean), (v, zero)):
-        scale = largest(x, offset).amax(dim=2, keepdim=True).clamp(min=1e-12) / FP8_MAX
-        parts.append((rounded(x, offset, scale), scale[:, :, 0, 0].contiguous()))
-    return parts
+    return [quantize_head(q, zero), quantize_head(k, k_mean), quantize_head(v, zero)]
 
 
-def _largest(x: Tensor, offset: Tensor) -> Tensor:
-    """The largest magnitude of each token: (B, H, S, 1), float32."""
-    return (x.float() - offset).abs().amax(dim=3, keepdim=True)
-
-
-def _rounded(x: Tensor, offset: Tensor, scale: Tensor) -> Tensor:
-    return ((x.float() - offset) / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
-
-
-@cache
-def _compiled():
-    """Compiled for any length: eagerly they would move about four times the bytes."""
-    return torch.compile(_largest, dynamic=True), torch.compile(_rounded, dynamic=True)
+def quantize_head_plainly(x: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """What fp8_triton.quantize_head computes, in plain torch."""
+    moved = x.float() - offset
+    scale = (moved.abs().amax(dim=(2, 3)) / FP8_MAX).clamp(min=1e-12)
+    return (moved / scale[:, :, None, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
 FLASH3 = Kernel("flash3", "FlashAttention-3", True, _obstacle, _run)

@@ -1,6 +1,12 @@
 """What FlashAttention-3 in FP8 is fed; the kernel itself runs on Hopper only (bench/attention.py, bench/quality.py)."""
 
+import os
+import subprocess
+import sys
+
+import pytest
 import torch
+from pack import ROOT
 from skein.attention.kernels.flash3 import quantize_heads
 from skein.attention.kernels.kernel import plain_attention
 
@@ -28,3 +34,29 @@ def test_attention_of_quantized_heads_is_near_attention():
     error = (plain_attention(*restored) - exact).norm() / exact.norm()
     rough = plain_attention(restored[0], k.to(torch.float8_e4m3fn), restored[2])
     assert error < 0.1 and (rough - exact).norm() / exact.norm() > 2 * error
+
+
+INTERPRETED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from fp8_triton import quantize_head
+import torch
+torch.manual_seed(0)
+qkv = torch.randn(2, 70, 3, 3, 48).permute(2, 0, 3, 1, 4)  # views, a head dim that is no power of two
+x, offset = qkv[2] + 3.0, torch.randn(2, 3, 1, 48)
+values, scale = quantize_head(x, offset)
+expected = (x - offset).abs().amax(dim=(2, 3)) / 448
+assert torch.allclose(scale, expected, rtol=1e-6), (scale, expected)
+restored = values.float() * scale[:, :, None, None] + offset
+error = (restored - x).norm(dim=(2, 3)) / (x - offset).norm(dim=(2, 3))
+assert values.dtype == torch.float8_e4m3fn and float(error.max()) < 0.06, error  # the interpreter's cast is coarser
+print("same")
+"""
+
+
+def test_the_triton_kernels_compute_the_same_under_tritons_interpreter():
+    pytest.importorskip("triton", reason="no Triton for this platform")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", INTERPRETED, str(ROOT / "attention" / "kernels")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "same", done.stderr[-2000:]

@@ -1,0 +1,109 @@
+"""All techniques together: every subset, on two samplers, with and without LoRA, in any order, and off again.
+
+The demo model in small; errors are relative, of the final latent against the stock run. What the cache may do to this
+model at this threshold is bounded widely; the rest is bounded by its own rounding.
+"""
+
+import itertools
+
+import pytest
+import torch
+from skein import engine
+from skein.demo.sampling import conditioning, sample
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config
+from skein.report import recent_runs
+
+SMALL = dict(shape=(1, 16, 3, 8, 8), steps=6)
+PARTS = {
+    "cache": CacheConfig(threshold=0.3),
+    "attention": AttentionConfig(),
+    "fp8": FP8Config(),
+    "compile": CompileConfig(),
+}
+BOUNDS = {"cache": 0.5, "attention": 1e-5, "fp8": 0.1, "compile": 1e-5}
+SUBSETS = [subset for size in range(5) for subset in itertools.combinations(PARTS, size)]
+
+
+def error(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def with_lora(model, strength=1.0):
+    generator = torch.Generator().manual_seed(4)
+    state, patches = model.model.state_dict(), {}
+    for layer in ("double_blocks.1.img_mlp.0", "single_blocks.2.linear1", "single_blocks.0.modulation.lin"):
+        key = f"diffusion_model.{layer}.weight"
+        patches[key] = ("diff", (0.01 * torch.randn(state[key].shape, generator=generator),))
+    patched = model.clone()
+    assert len(patched.add_patches(patches, strength)) == 3
+    return patched
+
+
+def run(model, names, sampler="euler", **changes):
+    plan = {name: PARTS[name] for name in names}
+    return sample(engine.edit(model, **plan), "a red circle moves left", sampler=sampler, **{**SMALL, **changes})
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize("names", SUBSETS, ids="+".join)
+def test_every_subset_is_within_the_sum_of_its_bounds_and_leaves_nothing_behind(demo_model, names, sampler, lora):
+    model = with_lora(demo_model) if lora else demo_model
+    stock = run(model, (), sampler)
+    out = run(model, names, sampler)
+    assert error(out, stock) <= sum(BOUNDS[name] for name in names)
+    if "cache" in names:
+        assert recent_runs()[-1].reused > 0
+    if names:
+        assert "cache" in names or "fp8" in names or error(out, stock) < 1e-5
+    assert torch.equal(run(model, (), sampler), stock)
+
+
+def test_the_order_of_the_nodes_does_not_matter(demo_model):
+    """All orders of the four nodes and a LoRA give the same bits."""
+    steps = [*PARTS, "lora"]
+    expected = None
+    for order in itertools.permutations(steps):
+        model = demo_model
+        for name in order:
+            model = with_lora(model) if name == "lora" else engine.edit(model, **{name: PARTS[name]})
+        if order[0] in ("cache", "lora") or order[-1] == "cache":  # a third of all orders: every pair both ways round
+            out = sample(model, "a red circle", **SMALL)
+            expected = out if expected is None else expected
+            assert torch.equal(out, expected), order
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(cfg=4.0, negative="a blue square"),
+        dict(positive=conditioning("a red circle", guiding_frame_index=0)),
+        dict(positive=conditioning("a red circle", ref_latent=torch.ones(1, 16, 1, 8, 8))),
+        dict(latent=torch.zeros(2, 16, 3, 8, 8)),
+    ],
+    ids=["cfg", "image-to-video", "reference", "batch"],
+)
+def test_all_four_with_guidance_image_to_video_and_batches(demo_model, arguments):
+    arguments = {"positive": "a red circle", **SMALL, **arguments}
+    stock = sample(demo_model, **arguments)
+    out = sample(engine.edit(demo_model, **PARTS), **arguments)
+    assert out.shape == stock.shape and error(out, stock) < sum(BOUNDS.values())
+
+
+def test_next_to_patches_of_core(demo_model):
+    """ModelSamplingSD3 changes the schedule, an attn1 patch runs inside of blocks: both keep working under all four."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    shifted = ModelSamplingSD3().patch(demo_model, shift=3.0)[0]
+    seen = []
+
+    def patch(q, k, v, pe=None, attn_mask=None, extra_options=None):
+        seen.append(tuple(extra_options["img_slice"]))
+        return {"q": q, "k": k * 0.5, "v": v, "pe": pe, "attn_mask": attn_mask}
+
+    shifted.set_model_patch(patch, "attn1_patch")
+    stock = run(shifted, ())
+    calls = len(seen)
+    assert calls == 6 * 6 and error(stock, run(demo_model, ())) > 1e-3
+    assert error(run(shifted, ("attention", "fp8")), stock) < BOUNDS["fp8"]
+    assert len(seen) == 2 * calls
