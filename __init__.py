@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import demo, routes
 from .nodes.cache import FirstBlockCacheNode
 from .nodes.demo import DemoPromptNode
+from .nodes.fp8 import FP8QuantizeNode, FP8TextEncoderNode
 from .nodes.preview import LatentVideoPreviewNode
 
 WEB_DIRECTORY = "./web"
@@ -16,7 +17,13 @@ class SkeinExtension(ComfyExtension):
         routes.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [FirstBlockCacheNode, DemoPromptNode, LatentVideoPreviewNode]
+        return [
+            FirstBlockCacheNode,
+            FP8QuantizeNode,
+            FP8TextEncoderNode,
+            DemoPromptNode,
+            LatentVideoPreviewNode,
+        ]
 
 
 async def comfy_entrypoint() -> SkeinExtension:

@@ -7,7 +7,7 @@ puts the old options back when sampling ends, however it ends. Nothing outlives 
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,9 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from .cache import CacheHook, FirstBlockCache
 from .models import find_stack
-from .plan import PLAN_KEY, CacheConfig, Plan
+from .plain import plain_clone
+from .plan import PLAN_KEY, CacheConfig, FP8Config, Plan
+from .quantization import quantized
 from .report import Run, Stopwatch, publish
 
 if TYPE_CHECKING:
@@ -25,9 +27,12 @@ if TYPE_CHECKING:
 OTHER_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}  # wrapper keys of ComfyUI's own caches
 
 
-def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
-    """A clone of the model whose plan has the given fields replaced, e.g. `edit(model, cache=CacheConfig())`."""
-    clone = patcher.clone()
+def edit(patcher: "ModelPatcher", *, plain: bool = False, **changes: Any) -> "ModelPatcher":
+    """A clone of the model whose plan has the given fields replaced, e.g. `edit(model, cache=CacheConfig())`.
+
+    plain: without ComfyUI's dynamic VRAM, which works on layers of its own only.
+    """
+    clone = plain_clone(patcher) if plain else patcher.clone()
     clone.set_attachments(PLAN_KEY, replace(plan_of(patcher), **changes))
     if not clone.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).get(PLAN_KEY):
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, PLAN_KEY, _outer_sample)
@@ -49,16 +54,27 @@ def _outer_sample(executor, *args, **kwargs):
 @contextmanager
 def applied(plan: Plan, guider) -> Iterator[None]:
     """Apply a plan to a guider's run and take it off at the end, also after an exception or an interrupt."""
-    if plan.cache is None or plan.cache.threshold == 0:
-        yield
-        return
     options = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
     try:
-        with _caching(plan.cache, guider):
+        with ExitStack() as stack:
+            if plan.fp8 is not None:
+                stack.enter_context(_quantizing(plan.fp8, guider))
+            if plan.cache is not None and plan.cache.threshold > 0:
+                stack.enter_context(_caching(plan.cache, guider))
             yield
     finally:
         guider.model_options = options
+
+
+@contextmanager
+def _quantizing(config: FP8Config, guider) -> Iterator[None]:
+    source = guider.model_patcher
+    try:
+        with quantized(source, config) as guider.model_patcher:
+            yield
+    finally:
+        guider.model_patcher = source
 
 
 @contextmanager

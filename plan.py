@@ -90,10 +90,12 @@ class FP8Config:
     """Settings of FP8 linear layers (see quantization/). Raises ValueError on values out of range.
 
     mode: FP8 arithmetic with one scale per tensor or per row, or weight_only: FP8 storage, exact arithmetic.
+    modulation: store the modulation layers in FP8 too, a quarter of HunyuanVideo's weights; they compute exactly.
     node_id: the node to show the result on; not part of the plan's identity.
     """
 
     mode: str = "per_tensor"
+    modulation: bool = True
     node_id: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:

@@ -110,7 +110,12 @@ def publish(run: Run) -> None:
     _recent.append(run)
     ended = "" if run.finished else " (stopped early)"
     logger.info("Skein first-block cache: %s%s", run.summary(), ended)
+    show(run.node_id, run.summary() + ended)
+
+
+def show(node_id: str | None, text: str) -> None:
+    """Show a line on a node, where a ComfyUI server runs."""
     server = sys.modules.get("server")  # present only inside ComfyUI's server process
     instance = getattr(getattr(server, "PromptServer", None), "instance", None)
-    if instance is not None and run.node_id is not None:
-        instance.send_progress_text(run.summary() + ended, run.node_id)
+    if instance is not None and node_id is not None:
+        instance.send_progress_text(text, node_id)

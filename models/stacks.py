@@ -24,13 +24,25 @@ class BlockStack:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """Where the blocks are: `names` of the modules in running order, relative to the diffusion model, and of the
+    submodules of a block that make its `modulation` from the timestep vector."""
+
+    names: tuple[str, ...]
+    modulation: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class _Architecture:
     double_blocks: str  # attribute that holds the blocks
     single_blocks: str
+    modulation: tuple[str, ...]
 
 
 _ARCHITECTURES = {
-    "comfy.ldm.hunyuan_video.model.HunyuanVideo": _Architecture("double_blocks", "single_blocks"),
+    "comfy.ldm.hunyuan_video.model.HunyuanVideo": _Architecture(
+        "double_blocks", "single_blocks", ("img_mod", "txt_mod", "modulation")
+    ),
 }
 
 
@@ -39,15 +51,7 @@ def find_stack(diffusion_model: object) -> BlockStack:
 
     Raises ValueError if its architecture is not known, or if it has fewer than two blocks.
     """
-    for base in type(diffusion_model).__mro__:
-        architecture = _ARCHITECTURES.get(f"{base.__module__}.{base.__qualname__}")
-        if architecture is not None:
-            break
-    else:
-        raise ValueError(
-            f"Skein does not know the blocks of {type(diffusion_model).__name__} models; "
-            "connect a HunyuanVideo model, or remove the Skein nodes."
-        )
+    architecture = _architecture_of(diffusion_model)
     stack = BlockStack(
         double=len(getattr(diffusion_model, architecture.double_blocks)),
         single=len(getattr(diffusion_model, architecture.single_blocks)),
@@ -55,3 +59,25 @@ def find_stack(diffusion_model: object) -> BlockStack:
     if len(stack.keys) < 2 or stack.double == 0:
         raise ValueError(f"This model has {len(stack.keys)} block(s); the first-block cache needs at least two.")
     return stack
+
+
+def find_blocks(diffusion_model: object) -> Blocks:
+    """Where the blocks of a ComfyUI diffusion model are. Raises ValueError if its architecture is not known."""
+    architecture = _architecture_of(diffusion_model)
+    names = [
+        f"{attribute}.{index}"
+        for attribute in (architecture.double_blocks, architecture.single_blocks)
+        for index in range(len(getattr(diffusion_model, attribute)))
+    ]
+    return Blocks(tuple(names), architecture.modulation)
+
+
+def _architecture_of(diffusion_model: object) -> _Architecture:
+    for base in type(diffusion_model).__mro__:
+        architecture = _ARCHITECTURES.get(f"{base.__module__}.{base.__qualname__}")
+        if architecture is not None:
+            return architecture
+    raise ValueError(
+        f"Skein does not know the blocks of {type(diffusion_model).__name__} models; "
+        "connect a HunyuanVideo model, or remove the Skein nodes."
+    )

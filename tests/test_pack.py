@@ -24,7 +24,13 @@ print(json.dumps({"seconds": seconds, "nodes": [node.define_schema().node_id for
                   "mappings": hasattr(module, "NODE_CLASS_MAPPINGS"), "web": module.WEB_DIRECTORY}))
 """
 
-NODES = ["SkeinFirstBlockCache", "SkeinDemoPrompt", "SkeinLatentVideoPreview"]
+NODES = [
+    "SkeinFirstBlockCache",
+    "SkeinFP8Quantize",
+    "SkeinFP8TextEncoder",
+    "SkeinDemoPrompt",
+    "SkeinLatentVideoPreview",
+]
 
 
 def test_the_entry_point_lists_the_nodes_and_imports_fast():

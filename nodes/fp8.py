@@ -1,0 +1,68 @@
+"""The FP8 nodes: for the model, and for its text encoder."""
+
+from comfy_api.latest import io
+
+from .. import engine
+from ..plan import FP8_MODES, FP8Config
+from ..quantization import quantize_text_encoder, require_torchao
+
+DEFAULTS = FP8Config()
+
+
+class FP8QuantizeNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SkeinFP8Quantize",
+            display_name="FP8 Quantize (Skein)",
+            category="Skein",
+            description=(
+                "Holds the blocks' weights in 8-bit floating point, about half the memory, and multiplies in it, with "
+                "scales that follow the activations. LoRA is merged before the weights are quantized, wherever its "
+                "node stands. Works with every sampler; connect it between the loader and the sampler."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="A HunyuanVideo model in 16 bits; one in scaled FP8 is left as it is."),
+                io.Combo.Input(
+                    "mode",
+                    options=list(FP8_MODES),
+                    default=DEFAULTS.mode,
+                    tooltip="One scale per tensor or per row (token), or 8-bit storage with exact arithmetic.",
+                ),
+                io.Boolean.Input(
+                    "modulation",
+                    default=DEFAULTS.modulation,
+                    tooltip="Store the modulation layers in FP8 too: a quarter of HunyuanVideo's weights.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, mode: str, modulation: bool) -> io.NodeOutput:
+        require_torchao()
+        config = FP8Config(mode=mode, modulation=modulation, node_id=cls.hidden.unique_id)
+        return io.NodeOutput(engine.edit(model, plain=True, fp8=config))
+
+
+class FP8TextEncoderNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SkeinFP8TextEncoder",
+            display_name="FP8 Text Encoder (Skein)",
+            category="Skein",
+            description=(
+                "Holds the text encoder's Linear weights in 8-bit floating point, about half the memory; it computes "
+                "as before. Connect it between the loader and the text encode nodes."
+            ),
+            inputs=[io.Clip.Input("clip", tooltip="Any text encoder.")],
+            outputs=[io.Clip.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, clip) -> io.NodeOutput:
+        return io.NodeOutput(quantize_text_encoder(clip, cls.hidden.unique_id))

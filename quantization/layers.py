@@ -1,0 +1,90 @@
+"""Which layers are quantized, and what stands in the way."""
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import nn
+
+from ..models import TEXT_ENCODER_KEEPS, find_blocks
+from ..plan import FP8Config
+from .linear import MULTIPLE
+
+MISSING = "FP8 needs torchao: run `python -m pip install torchao` in ComfyUI's Python environment, then restart it."
+SCALED = "The checkpoint is already quantized; it runs as ComfyUI loads it, without Skein's FP8."
+OLD_GPU = "FP8 arithmetic needs an NVIDIA GPU of compute capability 8.9; weight_only is used instead."
+
+
+def require_torchao() -> None:
+    """Raises ValueError if torchao is not installed."""
+    try:
+        import torchao.quantization  # noqa: F401
+    except ImportError as error:
+        raise ValueError(MISSING) from error
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether FP8 matrices are multiplied on this device; on the CPU they are, slowly."""
+    if device.type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cpu"
+
+
+def block_layers(model: nn.Module, config: FP8Config, mode: str) -> dict[str, str] | None:
+    """Paths of the Linear layers in a model's blocks, in running order -> mode; None if they are quantized already.
+
+    Raises ValueError if the architecture is not known.
+    """
+    blocks = find_blocks(model.diffusion_model)
+    layers: dict[str, str] = {}
+    for block in blocks.names:
+        prefix = f"diffusion_model.{block}"
+        for name, layer in model.get_submodule(prefix).named_modules():
+            if already_quantized(layer):
+                return None
+            if quantizable(layer):
+                modulation = name.split(".")[0] in blocks.modulation
+                if not modulation or config.modulation:
+                    layers[f"{prefix}.{name}"] = "weight_only" if modulation else mode
+    return layers
+
+
+def text_layers(model: nn.Module) -> dict[str, str] | None:
+    """The same for a text encoder: all its Linear layers but heads, weight-only."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    layers: dict[str, str] = {}
+    for name, layer in model.named_modules():
+        if already_quantized(layer):
+            return None
+        head = name.rsplit(".", 1)[-1] in TEXT_ENCODER_KEEPS
+        if quantizable(layer) and not head and id(layer.weight) not in embeddings:
+            layers[name] = "weight_only"
+    return layers
+
+
+def already_quantized(layer: nn.Module) -> bool:
+    """Whether the weight is a tensor subclass: ComfyUI's scaled FP8, GGUF, another torchao."""
+    weight = layer._parameters.get("weight")
+    return weight is not None and type(weight.data) not in (torch.Tensor, nn.Parameter)
+
+
+def quantizable(layer: nn.Module) -> bool:
+    if not isinstance(layer, nn.Linear) or layer.weight is None:
+        return False
+    return layer.weight.is_floating_point() and all(size % MULTIPLE == 0 for size in layer.weight.shape)
+
+
+def refuse_conflicts(patcher: ModelPatcher, layers: dict[str, str]) -> None:
+    """Raises ValueError if another node has put something on the quantized layers that a twin cannot take over."""
+    keys = {f"{name}.{part}" for name in layers for part in ("weight", "bias")}
+    if any(keys.intersection(patches) for patches in patcher.hook_patches.values()):
+        raise ValueError("A scheduled LoRA cannot change FP8 weights; load the LoRA with a LoRA node, or remove FP8.")
+    if patcher.get_additional_models_with_key("multigpu"):
+        raise ValueError("Skein's FP8 and ComfyUI's MultiGPU node cannot work on one model; remove one of them.")
+    if patcher.get_wrappers(WrappersMP.APPLY_MODEL, "torch.compile"):
+        raise ValueError("TorchCompileModel compiles the model before it is FP8; remove it, or use Skein's Compile.")
+    own = set(patcher.model.modules())
+    for path, value in patcher.object_patches.items():
+        inside = any(path == name or path.startswith(f"{name}.") or name.startswith(f"{path}.") for name in layers)
+        held = value.modules() if isinstance(value, nn.Module) else [getattr(value, "__self__", None)]
+        if inside or any(module in own for module in held):
+            raise ValueError(f"Another node has replaced {path}, which FP8 would replace too; remove one of them.")

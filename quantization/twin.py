@@ -1,0 +1,158 @@
+"""The twin of a model: the same modules over the same tensors, but with FP8 in the place of chosen Linear layers.
+
+ComfyUI's patches (LoRA) on a quantized layer are merged first, by ComfyUI's own code and with its rounding, and the
+result is quantized: FP8 with a LoRA is to the bit FP8 of the weights that ComfyUI would have run with it. Patches on
+all other layers stay patches. The original is unloaded before its weights are read, and is never written to.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Iterable
+
+import comfy.model_management as memory
+import comfy.utils
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+from .linear import QuantizedLinear
+from .share import share
+
+logger = logging.getLogger("skein")
+
+
+class Twin:
+    """An FP8 twin and ComfyUI's books about it, which persist between runs.
+
+    modes: path of each quantized layer in the model -> its mode (see QuantizedLinear), in running order.
+    Raises what the device raises when it is full, and ComfyUI's interrupt; the source is then as it was.
+    """
+
+    def __init__(self, source: ModelPatcher, modes: dict[str, str]):
+        started = time.perf_counter()
+        unload(source)
+        self.modes = modes
+        self.merged: dict[str, list] = {}  # layer -> the patches that its FP8 weights contain
+        self.model = share(source.model)
+        self.model.device = source.offload_device
+        self._rest: list = []  # the patches of the last run that were left to ComfyUI
+        self._rest_uuid = uuid.uuid4()
+        self.resident = self._quantize(source)
+        # The patcher that ComfyUI falls back on when a run's own is gone: it must not be one over the source's model.
+        self.root = ModelPatcher(self.model, source.load_device, source.offload_device)
+        self.bytes = self.root.model_size()
+        self.source_bytes = memory.module_size(source.model)
+        self.seconds = time.perf_counter() - started
+
+    def patcher(self, source: ModelPatcher) -> ModelPatcher:
+        """A run's patcher over the twin, with everything that other nodes have put on the source."""
+        override = self.root.get_clone_model_override()
+        patcher = source.clone(disable_dynamic=True, model_override=override)
+        patcher.parent = self.root
+        patcher.size = self.bytes
+        patcher.model_options = source.model_options
+        patcher.weight_inplace_update = False  # would write through to the source
+        patcher.hook_backup, patcher.cached_hook_patches = self.root.hook_backup, {}
+        patcher.cached_patcher_init = None  # it would load the model without FP8
+        for key in _keys(self.modes):
+            patcher.patches.pop(key, None)
+        rest = [item for key, value in patcher.patches.items() for item in ((key,), *value)]
+        rest += [(key, *functions) for key, functions in patcher.weight_wrapper_patches.items()]
+        rest += [(patcher.force_cast_weights,)]
+        if not _same(rest, self._rest):
+            self._rest, self._rest_uuid = rest, uuid.uuid4()
+        patcher.patches_uuid = self._rest_uuid  # ComfyUI reloads the model when this changes
+        return patcher
+
+    def update(self, source: ModelPatcher) -> int:
+        """Quantize again the layers whose patches have changed; how many those were."""
+        changed = [name for name in self.modes if not _same(_patches(source, name), self.merged[name])]
+        if changed:
+            unload(source)
+        for name in changed:
+            memory.throw_exception_if_processing_interrupted()
+            self.model.get_submodule(name).replace(*merged_weights(source, name))
+            self.merged[name] = _patches(source, name)
+        return len(changed)
+
+    @property
+    def merged_count(self) -> int:
+        return sum(bool(patches) for patches in self.merged.values())
+
+    def _quantize(self, source: ModelPatcher) -> bool:
+        """Replace the layers one by one; whether all of them are on the load device in the end.
+
+        The FP8 weights stay there as long as there is room. So the peak is one layer above what the twin takes.
+        """
+        device, offload = source.load_device, source.offload_device
+        _make_room(source, self.modes)
+        resident = True
+        for name, mode in self.modes.items():
+            memory.throw_exception_if_processing_interrupted()
+            layer = QuantizedLinear(*merged_weights(source, name), mode)
+            comfy.utils.set_attr(self.model, name, layer)
+            self.merged[name] = _patches(source, name)
+            if resident and device.type != "cpu" and memory.get_free_memory(device) < memory.minimum_inference_memory():
+                resident = False
+                self.model.to(offload)
+            if not resident:
+                layer.to(offload)
+        return resident
+
+
+def merged_weights(source: ModelPatcher, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight (O, I) and bias (O,) of a layer on the load device, with its patches in, as ComfyUI would run them."""
+
+    def merged(key: str) -> Tensor:
+        if key in source.patches:
+            return source.patch_weight_to_device(key, device_to=source.load_device, return_weight=True)
+        return memory.cast_to_device(comfy.utils.get_attr(source.model, key), source.load_device, None)
+
+    layer: nn.Module = source.model.get_submodule(name)
+    return merged(f"{name}.weight"), None if layer.bias is None else merged(f"{name}.bias")
+
+
+def unload(patcher: ModelPatcher) -> None:
+    """Take a model off its device, with all patches off its weights."""
+    loaded = [entry for entry in memory.current_loaded_models if entry.model is not None]
+    for entry in [entry for entry in loaded if patcher.is_clone(entry.model)]:
+        memory.free_memory(1e30, entry.device, keep_loaded=[other for other in loaded if other is not entry])
+
+
+def is_loaded(model: nn.Module) -> bool:
+    """Whether ComfyUI has the model in its books."""
+    return any(entry.model is not None and entry.model.model is model for entry in memory.current_loaded_models)
+
+
+def _make_room(source: ModelPatcher, modes: dict[str, str]) -> None:
+    """Unload other models for the twin and the float32 steps on its largest layer."""
+    if source.load_device.type == "cpu":
+        return
+    sizes = [source.model.get_submodule(name).weight.numel() for name in modes]
+    wanted = sum(sizes) + 16 * max(sizes) + memory.minimum_inference_memory()
+    memory.free_memory(wanted, source.load_device)
+
+
+def _keys(names: Iterable[str]) -> list[str]:
+    return [f"{name}.{part}" for name in names for part in ("weight", "bias")]
+
+
+def _patches(source: ModelPatcher, name: str) -> list:
+    """The patches on a layer, those on the weight before those on the bias."""
+    return [(key, *patch) for key in _keys([name]) for patch in source.patches.get(key, [])]
+
+
+def _same(first: list, second: list) -> bool:
+    """Whether two lists of patches are the same: numbers and names equal, tensors and functions the same objects."""
+
+    def equal(a: object, b: object) -> bool:
+        return a is b or (isinstance(a, (str, int, float, tuple)) and _plain(a) and type(a) is type(b) and a == b)
+
+    return len(first) == len(second) and all(
+        len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b)) for a, b in zip(first, second)
+    )
+
+
+def _plain(value: object) -> bool:
+    """Whether a value can be compared with ==: a tuple that holds tensors cannot."""
+    return not isinstance(value, tuple) or all(isinstance(part, (str, int, float)) for part in value)
