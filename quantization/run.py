@@ -26,7 +26,7 @@ def quantized(source: ModelPatcher, config: FP8Config) -> Iterator[ModelPatcher]
     mode = config.mode if multiplies_fp8(device) else "weight_only"
     notes = [OLD_GPU] if mode != config.mode else []
     layers = block_layers(source.model, config, mode)
-    if layers is None:
+    if not layers:
         _say(config, [*notes, SCALED])
         yield source
         return

@@ -14,6 +14,7 @@ from skein.quantization.linear import (
     to_fp8,
 )
 
+
 @pytest.fixture(autouse=True)
 def _forget_compiled_code():
     torch.compiler.reset()
