@@ -82,9 +82,15 @@ def refuse_conflicts(patcher: ModelPatcher, layers: dict[str, str]) -> None:
         raise ValueError("Skein's FP8 and ComfyUI's MultiGPU node cannot work on one model; remove one of them.")
     if patcher.get_wrappers(WrappersMP.APPLY_MODEL, "torch.compile"):
         raise ValueError("TorchCompileModel compiles the model before it is FP8; remove it, or use Skein's Compile.")
-    own = set(patcher.model.modules())
+    own = {patcher.model.get_submodule(path) for name in layers for path in _path_and_parents(name)}
     for path, value in patcher.object_patches.items():
         inside = any(path == name or path.startswith(f"{name}.") or name.startswith(f"{path}.") for name in layers)
         held = value.modules() if isinstance(value, nn.Module) else [getattr(value, "__self__", None)]
         if inside or any(module in own for module in held):
             raise ValueError(f"Another node has replaced {path}, which FP8 would replace too; remove one of them.")
+
+
+def _path_and_parents(name: str) -> list[str]:
+    """ "a.b.c" -> "", "a", "a.b", "a.b.c"."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) + 1)]

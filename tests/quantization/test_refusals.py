@@ -53,7 +53,8 @@ def test_other_object_patches_are_kept(model):
 
     shifted = ModelSamplingSD3().patch(model, 3.0)[0]
     stock, on = sample(shifted, PROMPT, **SMALL), sample(fp8(shifted), PROMPT, **SMALL)
-    assert 0 < relative(on, stock) < 0.1 < relative(sample(fp8(model), PROMPT, **SMALL), stock)
+    errors = relative(on, stock), relative(sample(fp8(model), PROMPT, **SMALL), stock)
+    assert 0 < errors[0] < 0.1 and errors[1] > 2 * errors[0], errors
 
 
 def test_weight_wrappers_on_quantized_layers_are_kept(model):
@@ -103,9 +104,9 @@ def state_of(model):
             if key.startswith("diffusion_model.")}  # fmt: skip
 
 
-def load(state, path):
+def load(state, path, **options):
     save_file(state, str(path))
-    return comfy.sd.load_diffusion_model(str(path))
+    return comfy.sd.load_diffusion_model(str(path), model_options=options)
 
 
 def block_weights(state):
@@ -113,9 +114,7 @@ def block_weights(state):
 
 
 def test_a_checkpoint_stored_in_plain_float8_is_quantized(model, tmp_path):
-    state = state_of(model)
-    state = {key: value.to(torch.float8_e4m3fn) if value.dim() == 2 else value for key, value in state.items()}
-    stored = load(state, tmp_path / "model.safetensors")
+    stored = load(state_of(model), tmp_path / "model.safetensors", dtype=torch.float8_e4m3fn)
     assert stored.get_model_object(f"{QKV}.weight").dtype == torch.float8_e4m3fn
     stock, on = sample(stored, PROMPT, **SMALL), sample(fp8(stored), PROMPT, **SMALL)
     assert 0 < relative(on, stock) < 0.1
@@ -141,7 +140,10 @@ def test_a_scaled_float8_checkpoint_is_left_to_comfyui(model, tmp_path, caplog):
     assert "already quantized" in caplog.text and TWIN_KEY not in vars(scaled.model)
 
 
-def test_a_quantized_block_compiles_as_one_graph(model):
+def test_a_quantized_block_compiles_as_one_graph(model, monkeypatch):
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    monkeypatch.setattr("comfy.ldm.flux.math.optimized_attention", attention_pytorch)  # that of CPUs does not trace
     with quantized(model, FP8Config("per_tensor")) as patcher:
         block = patcher.model.diffusion_model.single_blocks[0]
         img, vec = torch.randn(1, 20, 256), torch.randn(1, 256)
