@@ -22,6 +22,7 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max  # 448
 SMALLEST = 1e-12  # of the largest absolute value that a scale is made from: rows of zeros must not divide by zero
 MULTIPLE = 16  # torch._scaled_mm wants both sides of a weight to be multiples of this
+HEADROOM = 8  # weight_only: how far LoRA may grow a row under its scale; floating point keeps its precision below
 CHUNK = 1 << 25  # values quantized at a time where no compiler fuses the steps
 
 
@@ -38,7 +39,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.mode = mode
-        data, scale = quantize_weight(weight, per_row=mode != "per_tensor")
+        data, scale = quantize_weight(weight, mode)
         self.weight = nn.Parameter(data, requires_grad=False)  # (O, I) float8_e4m3fn
         self.weight_scale = nn.Parameter(scale, requires_grad=False)  # (1, 1) or (O, 1) float32
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # (O,)
@@ -49,9 +50,9 @@ class QuantizedLinear(nn.Module):
         comfy.ops.run_every_op()  # lets an interrupt in, as ComfyUI's own layers do
         if x.numel() == 0:
             return x.new_empty((*x.shape[:-1], self.out_features))
-        weight, scale, bias = _beside(self.weight, x), _beside(self.weight_scale, x), _beside(self.bias, x)
-        if bias is not None:
-            bias = bias.to(x.dtype)
+        weight, scale, bias = _beside(self.weight, x), _beside(self.weight_scale, x), None
+        if self.bias is not None:
+            bias = _beside(self.bias, x).to(x.dtype)
             for function in self.bias_function:
                 bias = function(bias)
         if self.mode == "weight_only" or self.weight_function:
@@ -80,23 +81,27 @@ class QuantizedLinear(nn.Module):
 
     def replace(self, weight: Tensor, bias: Tensor | None) -> None:
         """Quantize other weights into the same memory, wherever it lies and pinned or not."""
-        data, scale = quantize_weight(weight, per_row=self.mode != "per_tensor")
+        data, scale = quantize_weight(weight, self.mode)
         self.weight.data.copy_(data)
         self.weight_scale.data.copy_(scale)
-        if bias is not None:
+        if bias is not None and self.bias is not None:
             self.bias = nn.Parameter(bias.to(self.bias.device), requires_grad=False)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.mode}"
 
 
-def quantize_weight(weight: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
-    """FP8 values (O, I) and float32 scale, (1, 1) or (O, 1), of a weight (O, I) of any floating type."""
+def quantize_weight(weight: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """FP8 values (O, I) and float32 scale, (1, 1) per tensor, else (O, 1), of a weight (O, I) of any floating type."""
     from torchao.quantization import Float8Tensor, PerRow, PerTensor
 
-    granularity = PerRow() if per_row else PerTensor()
-    quantized = Float8Tensor.from_hp(weight.float(), FP8, granularity, hp_value_lb=SMALLEST)
-    return quantized.qdata, quantized.scale
+    weight = weight.float()
+    granularity = PerTensor() if mode == "per_tensor" else PerRow()
+    quantized = Float8Tensor.from_hp(weight, FP8, granularity, hp_value_lb=SMALLEST)
+    if mode != "weight_only":
+        return quantized.qdata, quantized.scale
+    scale = quantized.scale * HEADROOM
+    return to_fp8(weight, scale), scale
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,8 +154,8 @@ def reference_product(data: Tensor, row_scale: Tensor, weight: Tensor, scale: Te
     return (out if bias is None else out + bias).to(torch.bfloat16)
 
 
-def _beside(tensor: Tensor | None, other: Tensor) -> Tensor | None:
+def _beside(tensor: Tensor, other: Tensor) -> Tensor:
     """The tensor on the other's device, for this call."""
-    if tensor is None or tensor.device == other.device:
+    if tensor.device == other.device:
         return tensor
     return comfy.model_management.cast_to_device(tensor, other.device, None)

@@ -71,7 +71,9 @@ class Twin:
             unload(source)
         for name in changed:
             memory.throw_exception_if_processing_interrupted()
-            self.model.get_submodule(name).replace(*merged_weights(source, name))
+            layer = self.model.get_submodule(name)
+            assert isinstance(layer, QuantizedLinear)
+            layer.replace(*merged_weights(source, name))
             self.merged[name] = _patches(source, name)
         return len(changed)
 

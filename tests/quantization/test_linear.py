@@ -99,7 +99,11 @@ def test_the_product_of_torchao_is_the_reference():
     weight, bias = weights()
     x = torch.randn(7, 64, dtype=torch.bfloat16)
     for per_row in (False, True):
-        operands = (*quantize_rows(x, per_row), *quantize_weight(weight, per_row), bias.bfloat16())
+        operands = (
+            *quantize_rows(x, per_row),
+            *quantize_weight(weight, "per_row" if per_row else "per_tensor"),
+            bias.bfloat16(),
+        )
         assert relative(scaled_product(*operands), reference_product(*operands)) < 0.005
 
 

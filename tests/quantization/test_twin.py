@@ -218,11 +218,11 @@ def test_stopped_while_quantizing_nothing_is_half_made(model, monkeypatch, error
     before = {key: value.clone() for key, value in random_hunyuan_video().model.state_dict().items()}
     made = []
 
-    def failing(weight, per_row):
+    def failing(weight, mode):
         if len(made) == 7:
             raise error
         made.append(1)
-        return quantize_weight(weight, per_row)
+        return quantize_weight(weight, mode)
 
     monkeypatch.setattr("skein.quantization.linear.quantize_weight", failing)
     with pytest.raises(type(error)):
@@ -238,11 +238,11 @@ def test_stopped_while_requantizing_the_next_run_goes_on(model, monkeypatch):
     sample(fp8(with_lora(model, 0.3)), PROMPT, **SMALL)
     made, strong = [], with_lora(model, 0.9)
 
-    def failing(weight, per_row):
+    def failing(weight, mode):
         made.append(1)
         if len(made) == 2:
             raise Stop
-        return quantize_weight(weight, per_row)
+        return quantize_weight(weight, mode)
 
     monkeypatch.setattr("skein.quantization.linear.quantize_weight", failing)
     with pytest.raises(Stop):
