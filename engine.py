@@ -17,12 +17,13 @@ import comfy.model_patcher
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import AttentionHook, Selection, override
 from .cache import CacheHook, FirstBlockCache
 from .compilation import CompiledBlocks, compile_settings
 from .models import find_stack
+from .plain import plain_clone
 from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
 from .quantization import quantized
 from .report import Run, Stopwatch, publish, show
@@ -37,29 +38,16 @@ COMPILE_KEY = "torch.compile"  # wrapper key of ComfyUI's own compilation, and o
 OVERRIDE = "optimized_attention_override"
 
 
-def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
-    """A clone of the model whose plan has the given fields replaced, e.g. `edit(model, cache=CacheConfig())`."""
-    clone = patcher.clone()
+def edit(patcher: "ModelPatcher", *, plain: bool = False, **changes: Any) -> "ModelPatcher":
+    """A clone of the model whose plan has the given fields replaced, e.g. `edit(model, cache=CacheConfig())`.
+
+    plain: without ComfyUI's dynamic VRAM, which works on layers of its own only.
+    """
+    clone = plain_clone(patcher) if plain else patcher.clone()
     clone.set_attachments(PLAN_KEY, replace(plan_of(patcher), **changes))
     if not clone.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).get(PLAN_KEY):
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, PLAN_KEY, _outer_sample)
     return clone
-
-
-def whole(patcher: "ModelPatcher") -> "ModelPatcher":
-    """The model without ComfyUI's dynamic VRAM, which hands out weights one by one: for what needs whole blocks.
-
-    Raises ValueError if its loader left no recipe to load it so.
-    """
-    if not patcher.is_dynamic():
-        return patcher
-    try:
-        return patcher.clone(disable_dynamic=True)
-    except RuntimeError as error:
-        raise ValueError(
-            "This model's loader cannot load it without dynamic VRAM; use ComfyUI's Load Diffusion Model, or start "
-            "ComfyUI with --disable-dynamic-vram."
-        ) from error
 
 
 def plan_of(patcher: "ModelPatcher") -> Plan:
@@ -98,22 +86,12 @@ def applied(plan: Plan, guider) -> Iterator[None]:
 @contextmanager
 def _quantizing(config: FP8Config, guider) -> Iterator[None]:
     """The model's FP8 twin in the model's place, before ComfyUI loads it."""
-    patcher = guider.model_patcher
-    network = patcher.model.diffusion_model
-    stack = find_stack(network)
-    layers = {}
-    for block in stack.modules:
-        for name, module in network.get_submodule(block).named_modules():
-            modulation = stack.is_modulation(name)
-            if isinstance(module, nn.Linear) and (config.modulation or not modulation):
-                layers[f"diffusion_model.{block}.{name}"] = "weight_only" if modulation else config.mode
-    guider.model_patcher, sentence = quantized(patcher, layers)
-    logger.info("Skein %s", sentence)
-    show(config.node_id, sentence)
+    source = guider.model_patcher
     try:
-        yield
+        with quantized(source, config) as guider.model_patcher:
+            yield
     finally:
-        guider.model_patcher = patcher
+        guider.model_patcher = source
 
 
 @contextmanager

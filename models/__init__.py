@@ -2,5 +2,15 @@
 
 from .calls import WARM_UP_KEY, Options, call_options, named_arguments
 from .stacks import BlockKey, BlockStack, find_stack
+from .text_encoders import TEXT_ENCODER_KEEPS
 
-__all__ = ["WARM_UP_KEY", "BlockKey", "BlockStack", "Options", "call_options", "find_stack", "named_arguments"]
+__all__ = [
+    "TEXT_ENCODER_KEEPS",
+    "WARM_UP_KEY",
+    "BlockKey",
+    "BlockStack",
+    "Options",
+    "call_options",
+    "find_stack",
+    "named_arguments",
+]

@@ -1,15 +1,10 @@
 """The FP8 nodes: for the model, and for its text encoder."""
 
-import logging
-
 from comfy_api.latest import io
 
 from .. import engine
 from ..plan import FP8_MODES, FP8Config
-from ..quantization import quantized_text_encoder
-from ..report import show
-
-logger = logging.getLogger("skein")
+from ..quantization import quantize_text_encoder, require_torchao
 
 DEFAULTS = FP8Config()
 
@@ -22,24 +17,22 @@ class FP8QuantizeNode(io.ComfyNode):
             display_name="FP8 Quantize (Skein)",
             category="Skein",
             description=(
-                "Holds the blocks' linear layers in FP8: half the memory, and on GPUs from Ada and Hopper on faster "
-                "matrix products. LoRAs are merged first, before or after this node. The first run quantizes."
+                "Holds the blocks' weights in 8-bit floating point, about half the memory, and multiplies in it, with "
+                "scales that follow the activations. LoRA is merged before the weights are quantized, wherever its "
+                "node stands. Works with every sampler; connect it between the loader and the sampler."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A HunyuanVideo model in bf16 or fp16."),
+                io.Model.Input("model", tooltip="A HunyuanVideo model in 16 bits; one in scaled FP8 is left as it is."),
                 io.Combo.Input(
                     "mode",
                     options=list(FP8_MODES),
                     default=DEFAULTS.mode,
-                    tooltip=(
-                        "per_tensor, per_row: FP8 products with one scale a tensor or a row. weight_only: FP8 storage, "
-                        "products as before."
-                    ),
+                    tooltip="One scale per tensor or per row (token), or 8-bit storage with exact arithmetic.",
                 ),
                 io.Boolean.Input(
                     "modulation",
                     default=DEFAULTS.modulation,
-                    tooltip="Store the modulation layers in FP8 too: 3.4 GB less on HunyuanVideo.",
+                    tooltip="Store the modulation layers in FP8 too: a quarter of HunyuanVideo's weights.",
                     advanced=True,
                 ),
             ],
@@ -49,8 +42,9 @@ class FP8QuantizeNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, mode: str, modulation: bool) -> io.NodeOutput:
-        config = FP8Config(mode, modulation, cls.hidden.unique_id)
-        return io.NodeOutput(engine.edit(engine.whole(model), fp8=config))
+        require_torchao()
+        config = FP8Config(mode=mode, modulation=modulation, node_id=cls.hidden.unique_id)
+        return io.NodeOutput(engine.edit(model, plain=True, fp8=config))
 
 
 class FP8TextEncoderNode(io.ComfyNode):
@@ -60,15 +54,15 @@ class FP8TextEncoderNode(io.ComfyNode):
             node_id="SkeinFP8TextEncoder",
             display_name="FP8 Text Encoder (Skein)",
             category="Skein",
-            description="Holds a text encoder's linear layers in FP8: half the memory. Its arithmetic stays as it was.",
-            inputs=[io.Clip.Input("clip", tooltip="A text encoder in bf16 or fp16.")],
+            description=(
+                "Holds the text encoder's Linear weights in 8-bit floating point, about half the memory; it computes "
+                "as before. Connect it between the loader and the text encode nodes."
+            ),
+            inputs=[io.Clip.Input("clip", tooltip="Any text encoder.")],
             outputs=[io.Clip.Output()],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, clip) -> io.NodeOutput:
-        result, sentence = quantized_text_encoder(clip)
-        logger.info("Skein %s", sentence)
-        show(cls.hidden.unique_id, sentence)
-        return io.NodeOutput(result)
+        return io.NodeOutput(quantize_text_encoder(clip, cls.hidden.unique_id))

@@ -1,7 +1,8 @@
-"""FP8 linear layers: half the memory, and on recent GPUs faster matrix products."""
+"""FP8 for Linear layers and for text encoders, with torchao."""
 
-from .encoder import quantized_text_encoder
+from .layers import require_torchao
 from .linear import QuantizedLinear
-from .twin import quantized
+from .run import quantized
+from .text_encoder import quantize_text_encoder
 
-__all__ = ["QuantizedLinear", "quantized", "quantized_text_encoder"]
+__all__ = ["QuantizedLinear", "quantize_text_encoder", "quantized", "require_torchao"]

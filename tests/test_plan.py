@@ -3,7 +3,7 @@
 import pickle
 
 import pytest
-from skein.plan import CacheConfig, Plan
+from skein.plan import CacheConfig, FP8Config, Plan
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,9 @@ def test_a_plan_survives_pickling_and_ignores_which_node_made_it():
     assert pickle.loads(pickle.dumps(plan)) == plan
     assert plan == Plan(cache=CacheConfig(threshold=0.1, node_id="8"))
     assert plan != Plan()
+
+
+def test_an_unknown_fp8_mode_is_refused_and_modulation_is_part_of_the_plan():
+    with pytest.raises(ValueError, match="per_row, per_tensor, weight_only"):
+        FP8Config(mode="int8")
+    assert FP8Config(modulation=False) != FP8Config(modulation=True)

@@ -1,0 +1,109 @@
+"""Which layers are quantized, and what stands in the way."""
+
+from functools import cache
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import nn
+
+from ..models import TEXT_ENCODER_KEEPS, find_stack
+from ..plan import FP8Config
+from .linear import MULTIPLE, QuantizedLinear
+
+MISSING = "FP8 needs torchao: run `python -m pip install torchao` in ComfyUI's Python environment, then restart it."
+SCALED = "The checkpoint is already quantized; it runs as ComfyUI loads it, without Skein's FP8."
+OLD_GPU = "This GPU cannot compute so (FP8 arithmetic needs compute capability 8.9); {} is used instead."
+
+
+def require_torchao() -> None:
+    """Raises ValueError if torchao is not installed."""
+    try:
+        import torchao.quantization  # noqa: F401
+    except ImportError as error:
+        raise ValueError(MISSING) from error
+
+
+@cache
+def supported_mode(mode: str, device: torch.device) -> str:
+    """The mode itself, or the nearest one that the device can do: it is tried on a small product.
+
+    FP8 products need compute capability 8.9, one scale per row more than some of those GPUs and older PyTorchs have.
+    """
+    for candidate in dict.fromkeys((mode, "per_tensor")):
+        if mode == "weight_only":
+            break
+        try:
+            ones = torch.ones(32, 32, device=device, dtype=torch.bfloat16)
+            QuantizedLinear(ones, None, candidate)(ones)
+        except (RuntimeError, ValueError, NotImplementedError):
+            continue
+        return candidate
+    return "weight_only"
+
+
+def block_layers(model: nn.Module, config: FP8Config, mode: str) -> dict[str, str] | None:
+    """Paths of the Linear layers in a model's blocks, in running order -> mode; None if they are quantized already.
+
+    Raises ValueError if the architecture is not known.
+    """
+    stack = find_stack(model.diffusion_model)
+    layers: dict[str, str] = {}
+    for block in stack.modules:
+        prefix = f"diffusion_model.{block}"
+        for name, layer in model.get_submodule(prefix).named_modules():
+            if already_quantized(layer):
+                return None
+            if quantizable(layer):
+                modulation = stack.is_modulation(name)
+                if not modulation or config.modulation:
+                    layers[f"{prefix}.{name}"] = "weight_only" if modulation else mode
+    return layers
+
+
+def text_layers(model: nn.Module) -> dict[str, str] | None:
+    """The same for a text encoder: all its Linear layers but heads, weight-only."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    layers: dict[str, str] = {}
+    for name, layer in model.named_modules():
+        if already_quantized(layer):
+            return None
+        head = name.rsplit(".", 1)[-1] in TEXT_ENCODER_KEEPS
+        if quantizable(layer) and not head and id(layer.weight) not in embeddings:
+            layers[name] = "weight_only"
+    return layers
+
+
+def already_quantized(layer: nn.Module) -> bool:
+    """Whether the weight is a tensor subclass: ComfyUI's scaled FP8, GGUF, another torchao."""
+    weight = layer._parameters.get("weight")
+    return weight is not None and type(weight.data) not in (torch.Tensor, nn.Parameter)
+
+
+def quantizable(layer: nn.Module) -> bool:
+    if not isinstance(layer, nn.Linear) or layer.weight is None:
+        return False
+    return layer.weight.is_floating_point() and all(size % MULTIPLE == 0 for size in layer.weight.shape)
+
+
+def refuse_conflicts(patcher: ModelPatcher, layers: dict[str, str]) -> None:
+    """Raises ValueError if another node has put something on the quantized layers that a twin cannot take over."""
+    keys = {f"{name}.{part}" for name in layers for part in ("weight", "bias")}
+    if any(keys.intersection(patches) for patches in patcher.hook_patches.values()):
+        raise ValueError("A scheduled LoRA cannot change FP8 weights; load the LoRA with a LoRA node, or remove FP8.")
+    if patcher.get_additional_models_with_key("multigpu"):
+        raise ValueError("Skein's FP8 and ComfyUI's MultiGPU node cannot work on one model; remove one of them.")
+    if patcher.get_wrappers(WrappersMP.APPLY_MODEL, "torch.compile"):
+        raise ValueError("TorchCompileModel compiles the model before it is FP8; remove it, or use Skein's Compile.")
+    own = {patcher.model.get_submodule(path) for name in layers for path in _path_and_parents(name)}
+    for path, value in patcher.object_patches.items():
+        inside = any(path == name or path.startswith(f"{name}.") or name.startswith(f"{path}.") for name in layers)
+        held = value.modules() if isinstance(value, nn.Module) else [getattr(value, "__self__", None)]
+        if inside or any(module in own for module in held):
+            raise ValueError(f"Another node has replaced {path}, which FP8 would replace too; remove one of them.")
+
+
+def _path_and_parents(name: str) -> list[str]:
+    """ "a.b.c" -> "", "a", "a.b", "a.b.c"."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) + 1)]

@@ -1,0 +1,70 @@
+"""FP8 for one sampling run: the twin is made or brought up to date, and takes the model's place."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from comfy.model_patcher import ModelPatcher
+
+from ..plan import FP8Config
+from ..report import show
+from .layers import OLD_GPU, SCALED, block_layers, refuse_conflicts, require_torchao, supported_mode
+from .twin import Twin, is_loaded
+
+logger = logging.getLogger("skein")
+TWIN_KEY = "_skein_fp8"  # on the source's model, so that the twin goes when the model goes
+
+
+@contextmanager
+def quantized(source: ModelPatcher, config: FP8Config) -> Iterator[ModelPatcher]:
+    """The patcher to sample with: one over the FP8 twin, or the source itself if it is quantized already.
+
+    Raises ValueError with a sentence if another node's work on the model cannot be kept, or torchao is missing.
+    """
+    require_torchao()
+    device = source.load_device
+    mode = supported_mode(config.mode, device)
+    notes = [OLD_GPU.format(mode)] if mode != config.mode else []
+    layers = block_layers(source.model, config, mode)
+    if not layers:
+        _say(config, [*notes, SCALED])
+        yield source
+        return
+    refuse_conflicts(source, layers)
+    twin, fresh = _twin_of(source, layers)
+    patcher = twin.patcher(source)
+    _say(config, [*notes, describe(twin, mode)], log=fresh)
+    try:
+        if fresh and twin.resident:
+            patcher.partially_load(device, 1e32)  # its weights are there: let ComfyUI count them
+        yield patcher
+    finally:
+        if not is_loaded(twin.model):
+            patcher.detach()
+
+
+def _twin_of(source: ModelPatcher, layers: dict[str, str]) -> tuple[Twin, bool]:
+    """The twin with the source's patches in it, and whether any layer was quantized for it."""
+    kept = vars(source.model)
+    twin = kept.get(TWIN_KEY)
+    if twin is not None and list(twin.modes.items()) == list(layers.items()):
+        return twin, bool(twin.update(source))
+    del twin
+    kept.pop(TWIN_KEY, None)  # before the next one is made: there is no room for two
+    twin = kept[TWIN_KEY] = Twin(source, layers)
+    return twin, True
+
+
+def describe(twin: Twin, mode: str) -> str:
+    lora = f", LoRA merged into {twin.merged_count}" if twin.merged_count else ""
+    return (
+        f"FP8: {twin.source_bytes / 1e9:.1f} -> {twin.bytes / 1e9:.1f} GB in {twin.seconds:.1f} s "
+        f"({mode.replace('_', ' ')}, {len(twin.modes)} layers{lora})"
+    )
+
+
+def _say(config: FP8Config, notes: list[str], log: bool = True) -> None:
+    text = " ".join(notes)
+    if log:
+        logger.info("Skein %s", text)
+    show(config.node_id, text)

@@ -1,0 +1,154 @@
+"""What other nodes and other checkpoints bring: kept, left alone, or refused with a sentence."""
+
+import json
+
+import comfy.hooks
+import comfy.sd
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from safetensors.torch import save_file
+from skein import engine
+from skein.demo.sampling import conditioning, sample
+from skein.plan import FP8Config
+from skein.quantization.linear import QuantizedLinear
+from skein.quantization.run import TWIN_KEY, quantized
+from small_models import random_hunyuan_video
+
+SMALL = dict(shape=(1, 16, 3, 8, 8), steps=3)
+PROMPT = "a red circle moves left"
+QKV = "diffusion_model.double_blocks.0.img_attn.qkv"
+
+
+@pytest.fixture
+def model():
+    return random_hunyuan_video()
+
+
+def fp8(model, mode="per_row", **settings):
+    return engine.edit(model, plain=True, fp8=FP8Config(mode=mode, **settings))
+
+
+def relative(value, reference):
+    return float((value - reference).norm() / reference.norm())
+
+
+@pytest.mark.parametrize("path", [QKV, "diffusion_model.double_blocks.0", f"{QKV}.forward"])
+def test_a_replaced_layer_is_refused(model, path):
+    source = model.clone()
+    source.add_object_patch(path, torch.nn.Identity())
+    with pytest.raises(ValueError, match="Another node has replaced"):
+        sample(fp8(source), PROMPT, **SMALL)
+
+
+def test_a_replacement_that_holds_the_models_own_modules_is_refused(model):
+    source = model.clone()
+    source.add_object_patch("diffusion_model._forward", model.model.diffusion_model._forward)
+    with pytest.raises(ValueError, match="Another node has replaced"):
+        sample(fp8(source), PROMPT, **SMALL)
+
+
+def test_other_object_patches_are_kept(model):
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    shifted = ModelSamplingSD3().patch(model, 3.0)[0]
+    stock, on = sample(shifted, PROMPT, **SMALL), sample(fp8(shifted), PROMPT, **SMALL)
+    errors = relative(on, stock), relative(sample(fp8(model), PROMPT, **SMALL), stock)
+    assert 0 < errors[0] < 0.1 and errors[1] > 2 * errors[0], errors
+
+
+def test_weight_wrappers_on_quantized_layers_are_kept(model):
+    source = model.clone()
+    source.add_weight_wrapper(f"{QKV}.weight", lambda weight: weight * 0)
+    stock, on = sample(source, PROMPT, **SMALL), sample(fp8(source), PROMPT, **SMALL)
+    assert 0 < relative(on, stock) < 0.1
+    assert not torch.equal(on, sample(fp8(model), PROMPT, **SMALL))
+
+
+def test_a_scheduled_lora_on_quantized_layers_is_refused_and_on_others_kept(model):
+    def scheduled(key):
+        weight = model.get_model_object(f"{key}.weight")
+        patches = {f"{key}.weight": ("diff", (torch.ones_like(weight) / 50,))}
+        hooks = comfy.hooks.create_hook_model_as_lora({}, {}, 1.0, 1.0)
+        hook = hooks.hooks[0]
+        hook.weights, hook.need_weight_init = patches, False
+        return dict(positive=conditioning(PROMPT, hooks=hooks), **SMALL)
+
+    with pytest.raises(ValueError, match="scheduled LoRA"):
+        sample(fp8(model), **scheduled(QKV))
+    other = scheduled("diffusion_model.time_in.in_layer")
+    assert 0 < relative(sample(fp8(model), **other), sample(model, **other)) < 0.1
+
+
+def test_core_compile_and_multigpu_are_refused(model):
+    compiled = model.clone()
+    compiled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "torch.compile", lambda run, *a, **k: run(*a, **k))
+    with pytest.raises(ValueError, match="TorchCompileModel"):
+        sample(fp8(compiled), PROMPT, **SMALL)
+    several = model.clone()
+    several.set_additional_models("multigpu", [model.clone()])
+    with pytest.raises(ValueError, match="MultiGPU"), quantized(several, FP8Config()):
+        pass
+
+
+def test_a_model_that_cannot_be_loaded_without_dynamic_vram_is_refused(model, monkeypatch):
+    patcher = model.clone()
+    monkeypatch.setattr(patcher, "is_dynamic", lambda: True)
+    patcher.cached_patcher_init = None
+    with pytest.raises(ValueError, match="dynamic VRAM"):
+        fp8(patcher)
+
+
+def state_of(model):
+    return {key.removeprefix("diffusion_model."): value.clone() for key, value in model.model.state_dict().items()
+            if key.startswith("diffusion_model.")}  # fmt: skip
+
+
+def load(state, path, **options):
+    save_file(state, str(path))
+    return comfy.sd.load_diffusion_model(str(path), model_options=options)
+
+
+def block_weights(state):
+    return [key for key in state if "_blocks." in key and key.endswith("weight") and state[key].dim() == 2]
+
+
+def test_a_checkpoint_stored_in_plain_float8_is_quantized(model, tmp_path):
+    stored = load(state_of(model), tmp_path / "model.safetensors", dtype=torch.float8_e4m3fn)
+    assert stored.get_model_object(f"{QKV}.weight").dtype == torch.float8_e4m3fn
+    stock, on = sample(stored, PROMPT, **SMALL), sample(fp8(stored), PROMPT, **SMALL)
+    assert 0 < relative(on, stock) < 0.1
+    layer = vars(stored.model)[TWIN_KEY].model.get_submodule(QKV)
+    assert isinstance(layer, QuantizedLinear)
+    assert torch.equal(sample(stored, PROMPT, **SMALL), stock)
+
+
+def test_a_scaled_float8_checkpoint_is_left_to_comfyui(model, tmp_path, caplog):
+    state = state_of(model)
+    for key in block_weights(state):
+        scale = state[key].abs().max() / 448
+        state[key] = (state[key] / scale).to(torch.float8_e4m3fn)
+        state[f"{key}_scale"] = scale.float()
+        marker = json.dumps({"format": "float8_e4m3fn"}).encode()
+        state[f"{key.removesuffix('.weight')}.comfy_quant"] = torch.tensor(list(marker), dtype=torch.uint8)
+    scaled = load(state, tmp_path / "model.safetensors")
+    weight = scaled.get_model_object(f"{QKV}.weight")
+    assert type(weight.data) is not torch.Tensor, "ComfyUI's own quantized tensor is what this test is about"
+    caplog.set_level("INFO", "skein")
+    stock = sample(scaled, PROMPT, **SMALL)
+    assert torch.equal(sample(fp8(scaled), PROMPT, **SMALL), stock)
+    assert "already quantized" in caplog.text and TWIN_KEY not in vars(scaled.model)
+
+
+def test_a_quantized_block_compiles_as_one_graph(model, monkeypatch):
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    monkeypatch.setattr("comfy.ldm.flux.math.optimized_attention", attention_pytorch)  # that of CPUs does not trace
+    with quantized(model, FP8Config("per_tensor")) as patcher:
+        block = patcher.model.diffusion_model.single_blocks[0]
+        img, vec = torch.randn(1, 20, 256), torch.randn(1, 256)
+        arguments = dict(vec=vec, pe=torch.eye(2).expand(1, 1, 20, 64, 2, 2))
+        eager = block(img.clone(), **arguments)
+        torch.compiler.reset()
+        compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(img.clone(), **arguments)
+        assert relative(compiled, eager) < 0.01

@@ -1,0 +1,85 @@
+"""The FP8 text encoder on a CLIP-L with random weights, built by ComfyUI."""
+
+import comfy.lora
+import comfy.model_management
+import comfy.sd
+import pytest
+import torch
+from skein.quantization import quantize_text_encoder as fp8
+from skein.quantization.linear import QuantizedLinear
+
+TEXT = "a red circle moves left over sand"
+LAYER = "clip_l.transformer.text_model.encoder.layers.3.mlp.fc1"
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """Loaded by the names and shapes that tell ComfyUI's loader what it is; then all weights random."""
+    key = "text_model.encoder.layers.1.mlp.fc1.weight"
+    clip = comfy.sd.load_text_encoder_state_dicts([{key: torch.zeros(3072, 768)}])
+    torch.manual_seed(0)
+    for name, parameter in clip.cond_stage_model.named_parameters():
+        value = torch.randn(parameter.shape) * 0.03
+        parameter.data.copy_(value + 1 if "norm" in name and name.endswith("weight") else value)
+    return clip
+
+
+def relative(value, reference):
+    return float((value - reference).norm() / reference.norm())
+
+
+def with_lora(clip, strength, layer=LAYER):
+    torch.manual_seed(1)
+    rows, columns = clip.cond_stage_model.get_submodule(layer).weight.shape
+    file = {"x.lora_up.weight": torch.randn(rows, 4) / 5, "x.lora_down.weight": torch.randn(4, columns) / 5}
+    clone = clip.clone()
+    assert clone.add_patches(comfy.lora.load_lora(file, {"x": f"{layer}.weight"}), strength)
+    return clone
+
+
+def test_it_encodes_in_less_memory_and_leaves_the_original_alone(clip):
+    stock, size = clip.encode(TEXT), clip.patcher.model_size()
+    quantized = fp8(clip)
+    on = quantized.encode(TEXT)
+    assert 0.001 < relative(on, stock) < 0.1  # 12 layers of random weights
+    layers = [m for m in quantized.cond_stage_model.modules() if isinstance(m, QuantizedLinear)]
+    wide = clip.cond_stage_model.get_submodule(LAYER).weight.element_size()
+    saved = sum((wide - 1) * layer.weight.numel() - 4 * layer.out_features for layer in layers)
+    assert len(layers) == 12 * 6 and quantized.patcher.model_size() == size - saved < 0.75 * size
+    assert not any(isinstance(m, QuantizedLinear) for m in clip.cond_stage_model.modules())
+    assert torch.equal(clip.encode(TEXT), stock)
+    assert torch.equal(quantized.encode(TEXT), on)
+    assert torch.equal(quantized.clone().encode(TEXT), on)
+
+
+def test_lora_before_is_merged_and_lora_after_works(clip):
+    lora = with_lora(clip, 1.0)
+    stock = lora.encode(TEXT)
+    plain, before, after = fp8(clip), fp8(lora), with_lora(fp8(clip), 1.0)
+    assert relative(clip.encode(TEXT), stock) > 0.2
+    without = plain.encode(TEXT)
+    assert relative(before.encode(TEXT), stock) < 0.1 and relative(after.encode(TEXT), stock) < 0.1
+    assert relative(without, after.encode(TEXT)) > 0.2
+    taken_off = after.clone()
+    taken_off.patcher.patches = {}
+    taken_off.patcher.patches_uuid = None
+    assert torch.equal(taken_off.encode(TEXT), without)
+
+
+def test_two_results_of_the_node_do_not_share_weights(clip):
+    first, second = fp8(with_lora(clip, 1.0)), fp8(with_lora(clip, -1.0))
+    one = first.encode(TEXT)
+    assert relative(second.encode(TEXT), one) > 0.2
+    comfy.model_management.unload_all_models()
+    assert torch.equal(first.encode(TEXT), one)
+
+
+def test_twice_is_once(clip):
+    once = fp8(clip)
+    assert fp8(once) is once
+
+
+def test_torchao_missing(clip, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
+    with pytest.raises(ValueError, match="python -m pip install torchao"):
+        fp8(clip)
