@@ -35,8 +35,9 @@ def quantized(source: ModelPatcher, config: FP8Config) -> Iterator[ModelPatcher]
     patcher = twin.patcher(source)
     _say(config, [*notes, describe(twin, mode)], log=fresh)
     try:
-        if fresh and twin.resident:
-            patcher.partially_load(device, 1e32)  # its weights are there: let ComfyUI count them
+        if twin.resident:  # just made, and its weights are on the device: let ComfyUI load the rest and count it all
+            twin.resident = False
+            patcher.partially_load(device, 1e32)
         yield patcher
     finally:
         if not is_loaded(twin.model):

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import comfy.model_management as memory
 import comfy.utils
+import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
@@ -94,11 +95,15 @@ class Twin:
             layer = QuantizedLinear(*merged_weights(source, name), mode)
             comfy.utils.set_attr(self.model, name, layer)
             self.merged[name] = _patches(source, name)
-            if resident and device.type != "cpu" and memory.get_free_memory(device) < memory.minimum_inference_memory():
+            if resident and not _room_for(0, device):
                 resident = False
                 self.model.to(offload)
             if not resident:
                 layer.to(offload)
+        rest = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.device != device)
+        if resident and not _room_for(rest, device):
+            resident = False
+            self.model.to(offload)
         return resident
 
 
@@ -130,9 +135,15 @@ def _make_room(source: ModelPatcher, modes: dict[str, str]) -> None:
     """Unload other models for the twin and the float32 steps on its largest layer."""
     if source.load_device.type == "cpu":
         return
-    sizes = [source.model.get_submodule(name).weight.numel() for name in modes]
-    wanted = sum(sizes) + 16 * max(sizes) + memory.minimum_inference_memory()
-    memory.free_memory(wanted, source.load_device)
+    weights = [source.model.get_submodule(name).weight for name in modes]
+    twin = memory.module_size(source.model) - sum(weight.nbytes - weight.numel() for weight in weights)
+    steps = 16 * max(weight.numel() for weight in weights)
+    memory.free_memory(twin + steps + memory.minimum_inference_memory(), source.load_device)
+
+
+def _room_for(size: int, device: torch.device) -> bool:
+    """Whether so many bytes more leave the device what ComfyUI wants for inference at the least."""
+    return device.type == "cpu" or memory.get_free_memory(device) >= size + memory.minimum_inference_memory()
 
 
 def _keys(names: Iterable[str]) -> list[str]:

@@ -250,6 +250,25 @@ def test_stopped_while_requantizing_the_next_run_goes_on(model, monkeypatch):
     assert torch.equal(sample(fp8(strong), PROMPT, **SMALL), sample(fp8(baked([0.9])), PROMPT, **SMALL))
 
 
+def test_without_room_the_fp8_weights_wait_where_comfyui_offloads_to(model, monkeypatch):
+    on = sample(fp8(model), PROMPT, **SMALL)
+    for room in (lambda size, device: False, lambda size, device: size == 0):
+        vars(model.model).pop(TWIN_KEY)
+        monkeypatch.setattr("skein.quantization.twin._room_for", room)
+        monkeypatch.setattr(model, "load_device", torch.device("cpu", 0))  # another name, so that a rest is left
+        with quantized(model, FP8Config("per_row")) as patcher:
+            assert patcher.loaded_size() == 0
+        monkeypatch.undo()
+        assert torch.equal(sample(fp8(model), PROMPT, **SMALL), on)
+
+
+def test_after_a_change_of_lora_comfyui_decides_how_much_to_load(model):
+    sample(fp8(with_lora(model, 0.5)), PROMPT, **SMALL)
+    comfy.model_management.unload_all_models()
+    with quantized(with_lora(model, 0.9), FP8Config("per_row")) as patcher:
+        assert patcher.model is twin_of(model).model and patcher.loaded_size() == 0
+
+
 def test_unloading_everything_between_runs(model):
     on = sample(fp8(with_lora(model, 0.5)), PROMPT, **SMALL)
     with torch.inference_mode(False):  # as ComfyUI's server does it for /free
