@@ -103,7 +103,7 @@ def _select_options(options: Options, members: list[int], batch: int) -> Options
     size = batch // chunks
     whole = [c for c in range(chunks) if all(c * size + i in members for i in range(size))]
     if len(whole) * size == len(members):
-        labels = [(c, None) for c in whole]
+        labels: list[tuple[int, int | None]] = [(c, None) for c in whole]
     else:  # samples of one chunk differ: each becomes a chunk of its own, told apart by its place
         labels = [(i // size, i % size) for i in members]
     if "cond_or_uncond" in options:

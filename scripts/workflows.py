@@ -24,6 +24,7 @@ NODE_WIDTH, NOTE_SIZE, NOTE_GAP = 320, (420, 440), 60
 THUMBNAIL_SIZE = (400, 225)
 TITLES = {
     "hunyuan_video_t2v_cache": ("HunyuanVideo", "text to video", "First-Block Cache"),
+    "hunyuan_video_t2v_fast": ("HunyuanVideo", "text to video", "all of Skein"),
     "hunyuan_video_i2v_cache": ("HunyuanVideo", "image to video", "First-Block Cache"),
 }
 

@@ -84,13 +84,14 @@ def test_the_order_of_the_nodes_does_not_matter(demo_model):
     ids=["cfg", "image-to-video", "reference", "batch"],
 )
 def test_all_four_with_guidance_image_to_video_and_batches(demo_model, arguments):
-    """Against the cache alone: what it may do to a picture depends on the picture, the rest must not add to it."""
+    """The inexact two set the distance to stock; the exact two add only how FP8 rounds what differs in the last bit."""
     arguments = {"positive": "a red circle", **SMALL, **arguments}
     gentle = {**PARTS, "cache": CacheConfig(threshold=0.05)}
     stock = sample(demo_model, **arguments)
-    cached = error(sample(engine.edit(demo_model, cache=gentle["cache"]), **arguments), stock)
+    inexact = sample(engine.edit(demo_model, cache=gentle["cache"], fp8=gentle["fp8"]), **arguments)
     out = sample(engine.edit(demo_model, **gentle), **arguments)
-    assert out.shape == stock.shape and 0 < error(out, stock) < cached + BOUNDS["fp8"]
+    assert out.shape == stock.shape and 1e-4 < error(inexact, stock) < 0.3
+    assert error(out, inexact) < 0.1
 
 
 def test_next_to_patches_of_core(demo_model):

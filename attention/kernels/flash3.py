@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .kernel import HALF_TYPES, Kernel, Problem
+from .kernel import Kernel, Problem, input_obstacle
 
 MODULES = ("fa3_fwd_interface", "flash_attn_interface")
 FP8 = torch.float8_e4m3fn
@@ -34,11 +34,7 @@ def _obstacle(problem: Problem) -> str | None:
         return "FlashAttention-3 runs on Hopper GPUs (H100, H200) only"
     if not any(importlib.util.find_spec(name) for name in MODULES):
         return "fa3-fwd is not installed (python -m pip install fa3-fwd)"
-    if problem.dtype not in HALF_TYPES:
-        return f"FlashAttention-3 does not compute in {problem.dtype}"
-    if problem.head_dim > 256 or problem.head_dim % 8:
-        return f"FlashAttention-3 does not take heads of {problem.head_dim}"
-    return None
+    return input_obstacle(problem, "FlashAttention-3", range(8, 257, 8))
 
 
 def _fp8_obstacle(problem: Problem) -> str | None:

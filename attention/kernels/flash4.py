@@ -4,7 +4,7 @@ from functools import cache
 
 from torch import Tensor
 
-from .kernel import HALF_TYPES, Kernel, Problem, package_obstacle
+from .kernel import Kernel, Problem, input_obstacle, package_obstacle
 
 
 @cache
@@ -17,11 +17,9 @@ def _function():
 def _obstacle(problem: Problem) -> str | None:
     if problem.capability is None or problem.capability[0] < 9:
         return "FlashAttention-4 runs on Hopper and Blackwell GPUs only"
-    if problem.dtype not in HALF_TYPES:
-        return f"FlashAttention-4 does not compute in {problem.dtype}"
-    if problem.head_dim not in (64, 96, 128):
-        return f"FlashAttention-4 does not take heads of {problem.head_dim}"
-    return package_obstacle("flash_attn.cute", "flash-attn-4")
+    return input_obstacle(problem, "FlashAttention-4", (64, 96, 128)) or package_obstacle(
+        "flash_attn.cute", "flash-attn-4"
+    )
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

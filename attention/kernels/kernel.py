@@ -1,7 +1,7 @@
 """What a kernel is. Letters: B batch, H heads, S tokens, D head dim."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,15 @@ def package_obstacle(module: str, package: str) -> str | None:
     except ModuleNotFoundError:  # the parent of a dotted name
         found = False
     return None if found else f"{package} is not installed"
+
+
+def input_obstacle(problem: Problem, label: str, head_dims: Container[int]) -> str | None:
+    """Why a kernel for 16-bit inputs cannot take a problem's type or head dim; None if it can."""
+    if problem.dtype not in HALF_TYPES:
+        return f"{label} does not compute in {problem.dtype}"
+    if problem.head_dim not in head_dims:
+        return f"{label} does not take heads of {problem.head_dim}"
+    return None
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from functools import cache
 
 from torch import Tensor
 
-from .kernel import HALF_TYPES, Kernel, Problem, package_obstacle
+from .kernel import Kernel, Problem, input_obstacle, package_obstacle
 
 
 @cache
@@ -17,11 +17,7 @@ def _function():
 def _obstacle(problem: Problem) -> str | None:
     if problem.capability is None or problem.capability < (8, 0):
         return "SageAttention needs an NVIDIA GPU of compute capability 8.0 or higher"
-    if problem.dtype not in HALF_TYPES:
-        return f"SageAttention does not compute in {problem.dtype}"
-    if problem.head_dim not in (64, 96, 128):
-        return f"SageAttention does not take heads of {problem.head_dim}"
-    return package_obstacle("sageattention", "sageattention")
+    return input_obstacle(problem, "SageAttention", (64, 96, 128)) or package_obstacle("sageattention", "sageattention")
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

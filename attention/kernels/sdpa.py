@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .kernel import HALF_TYPES, Kernel, Problem
+from .kernel import Kernel, Problem, input_obstacle
 
 
 def _runner(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -21,28 +21,21 @@ def _runner(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return run
 
 
-def _flash2_obstacle(problem: Problem) -> str | None:
-    if problem.device.type == "cpu":
-        return None
+def _obstacle(problem: Problem, label: str, head_dims: range) -> str | None:
     if problem.capability is None or problem.capability < (8, 0):
-        return "FlashAttention-2 needs an NVIDIA GPU of compute capability 8.0 or higher"
-    if problem.dtype not in HALF_TYPES:
-        return f"FlashAttention-2 does not compute in {problem.dtype}"
-    if problem.head_dim > 256 or problem.head_dim % 8:
-        return f"FlashAttention-2 does not take heads of {problem.head_dim}"
-    return None
+        return f"{label} needs an NVIDIA GPU of compute capability 8.0 or higher"
+    return input_obstacle(problem, label, head_dims)
+
+
+def _flash2_obstacle(problem: Problem) -> str | None:
+    # On a CPU PyTorch has a kernel of that name for every type.
+    return None if problem.device.type == "cpu" else _obstacle(problem, "FlashAttention-2", range(8, 257, 8))
 
 
 def _cudnn_obstacle(problem: Problem) -> str | None:
-    if problem.capability is None or problem.capability < (8, 0):
-        return "cuDNN attention needs an NVIDIA GPU of compute capability 8.0 or higher"
     if not torch.backends.cudnn.is_available():
-        return "this PyTorch has no cuDNN"
-    if problem.dtype not in HALF_TYPES:
-        return f"cuDNN attention does not compute in {problem.dtype}"
-    if problem.head_dim > 128 or problem.head_dim % 8:
-        return f"cuDNN attention does not take heads of {problem.head_dim}"
-    return None
+        return "cuDNN attention needs an NVIDIA GPU and a PyTorch with cuDNN"
+    return _obstacle(problem, "cuDNN attention", range(8, 129, 8))
 
 
 FLASH2 = Kernel("flash2", "FlashAttention-2", True, _flash2_obstacle, _runner(SDPBackend.FLASH_ATTENTION))
