@@ -1,4 +1,4 @@
-"""Carries a plan out: the only code that touches a ModelPatcher.
+"""Carries a plan out: puts its techniques on a sampling run, and takes them off again.
 
 Nodes call `edit`, which puts a plan on a clone of the model and one OUTER_SAMPLE wrapper beside it. When
 sampling starts, the wrapper adds what the plan asks for to the run's own copy of the model options and
@@ -141,7 +141,8 @@ def _compiling(config: CompileConfig, guider) -> Iterator[None]:
     set_torch_compile_wrapper(_RunView(patcher, transformer_options), keys=keys, **compile_settings(config))
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, blocks.around_model, transformer_options)
     for key in stack.keys:
-        _wrap_block(transformer_options, key, blocks.around_block(key))
+        alone = key not in transformer_options.get("patches_replace", {}).get("dit", {})
+        _wrap_block(transformer_options, key, blocks.around_block(key, alone))
     with blocks.settings():
         yield
 

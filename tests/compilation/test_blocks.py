@@ -108,7 +108,7 @@ def test_warming_up_changes_nothing_but_when(tiny_model):
     def model(x, options):
         for key in keys:
             args = {"img": x, "txt": x, "pe": None, "transformer_options": dict(options)}
-            blocks.around_block(key)(args, lambda a, key=key: (ran.append(key), {"img": a["img"]})[1])
+            blocks.around_block(key, alone=True)(args, lambda a, key=key: (ran.append(key), {"img": a["img"]})[1])
         return x
 
     for _ in range(2):
@@ -152,6 +152,22 @@ def test_undo_is_exact_also_after_an_exception(tiny_model):
         sample(engine.edit(tiny_model, compile=COMPILED), "a red circle", **SMALL, callback=stop)
     assert type(tiny_model.model.diffusion_model.double_blocks[0]).__name__ == "DoubleStreamBlock"
     assert torch.equal(sample(tiny_model, "a red circle", **SMALL), before)
+
+
+def test_another_packs_block_replacement_sees_everything(tiny_model):
+    """It runs between Skein and the block, eagerly, with all options; the block below it is still compiled."""
+    seen = []
+
+    def replacement(args, extra):
+        seen.append(args["transformer_options"]["sigmas"])
+        out = extra["original_block"](args)
+        return {**out, "img": out["img"] * 1.01}
+
+    model = tiny_model.clone()
+    model.set_model_patch_replace(replacement, "dit", "double_block", 1)
+    stock = sample(model, "a red circle", **SMALL)
+    out = sample(engine.edit(model, compile=COMPILED), "a red circle", **SMALL)
+    assert error(out, stock) < 1e-5 and len(seen) == 2 * 4 and not counters["graph_break"]
 
 
 def test_cores_own_compilation_is_refused_with_a_sentence(tiny_model):
