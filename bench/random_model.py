@@ -91,7 +91,7 @@ def latent_shape(width: int, height: int, frames: int) -> tuple[int, int, int, i
     return 1, 16, (frames - 1) // 4 + 1, height // 8, width // 8
 
 
-def conditioning(tokens: int, seed: int = 0, padded: int | None = None) -> list:
+def conditioning(tokens: int, seed: int = 0, padded: int = 0) -> list:
     """Random text conditioning of some tokens, optionally padded to a length with its mask."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randn(1, padded or tokens, CONTEXT, generator=generator)

@@ -1,11 +1,12 @@
 """One sampling step of HunyuanVideo 13 B on this GPU: stock ComfyUI, each technique, all together.
 
-    python3 -m bench.step [--frames 129 --width 1280 --height 720] [--double 2 --single 4]
+    python3 -m bench.step [--frames 129 --width 1280 --height 720] [--double 2 --single 4] [--padded 256]
 
 The model has true sizes and random weights (bench/random_model.py). Every path samples through ComfyUI's own sampler in
 this process; blocks are timed one by one with events after a first call that compiles, and scaled to 20 + 40 blocks
 where fewer are built. Errors are relative, of the first call's output against stock, and of the attention kernels
-against float32 on a slice (bench/attention.py). Ends with one JSON line.
+against float32 on a slice (bench/attention.py). --padded pads the text to so many tokens, with an attention mask. Ends
+with one JSON line.
 """
 
 import argparse
@@ -117,10 +118,8 @@ def measure(name: str, plan: Plan, model, options, latent: torch.Tensor) -> dict
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    sample(
-        patcher, models.conditioning(options.text), models.conditioning(options.text, seed=1),
-        latent=latent, steps=1 + options.repeats,
-    )  # fmt: skip
+    positive = models.conditioning(options.text, padded=options.padded)
+    sample(patcher, positive, models.conditioning(options.text, seed=1), latent=latent, steps=1 + options.repeats)
     wall = time.perf_counter() - started
     double, single, rest = timer.step()
     return {
@@ -152,7 +151,7 @@ def profile(name: str, model, options, latent: torch.Tensor) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in dict(
-        width=1280, height=720, frames=129, double=2, single=4, hidden=models.HIDDEN, text=60, repeats=3
+        width=1280, height=720, frames=129, double=2, single=4, hidden=models.HIDDEN, text=60, padded=0, repeats=3
     ).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--paths", nargs="*", default=list(PATHS), help="names of paths; stock always runs first")
