@@ -5,7 +5,8 @@ Letters: B batch, H heads, S tokens, D head dim.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -41,12 +42,8 @@ class Selection:
         exact: no 8-bit kernel, even where the configuration allows it. Out of memory is raised, not caught.
         """
         while (kernel := self.kernel_for(q, k, v, exact)) is not None:
-            try:
+            with self._giving_up(kernel):
                 return kernel.run(q, k, v)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # a kernel's package may raise anything; stock attention still works
-                self._give_up(kernel, f"{type(error).__name__}: {error}")
         return self.stock(q, k, v)
 
     def kernel_for(self, q: Tensor, k: Tensor, v: Tensor, exact: bool = True) -> Kernel | None:
@@ -58,17 +55,27 @@ class Selection:
         return self._chosen[key]
 
     def _choose(self, q: Tensor, k: Tensor, v: Tensor, exact: bool) -> Kernel | None:
-        runnable = self._runnable(Problem.of(q), exact)
-        working = [kernel for kernel in runnable if self._works(kernel, q, k, v)]
-        if not working:
-            if self.config.kernel != "stock":
-                self._say("ComfyUI's own attention runs: no other kernel can")
-            return None
-        if len(working) == 1 or q.device.type != "cuda":
+        working = [kernel for kernel in self._runnable(Problem.of(q), exact) if self._works(kernel, q, k, v)]
+        if len(working) > 1 and q.device.type == "cuda":
+            return self._fastest(working, q, k, v)
+        if working:
             self._say(f"{working[0].label} runs")
             return working[0]
-        times = {kernel.label: _milliseconds(kernel, q, k, v) for kernel in working}
-        best = min(working, key=lambda kernel: times[kernel.label])
+        if not exact:
+            return self._choose(q, k, v, exact=True)
+        if self.config.kernel != "stock":
+            self._say("ComfyUI's own attention runs: no other kernel can")
+        return None
+
+    def _fastest(self, kernels: list[Kernel], q: Tensor, k: Tensor, v: Tensor) -> Kernel | None:
+        times: dict[str, float] = {}
+        for kernel in kernels:
+            with self._giving_up(kernel):
+                times[kernel.label] = _milliseconds(kernel, q, k, v)
+        timed = [kernel for kernel in kernels if kernel.label in times]
+        if not timed:
+            return None
+        best = min(timed, key=lambda kernel: times[kernel.label])
         found = ", ".join(f"{label} {ms:.2f} ms" for label, ms in times.items())
         self._say(f"{best.label} runs: the fastest of {found} on {min(TIMED_QUERIES, q.shape[2])} queries")
         return best
@@ -100,18 +107,26 @@ class Selection:
         q, k, v = q[:1, :, :CHECK_QUERIES], k[:1, :, :CHECK_KEYS], v[:1, :, :CHECK_KEYS]
         if not kernel.exact:  # these want as many queries as keys
             k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
-        try:
+        error = float("nan")
+        with self._giving_up(kernel):
             error = _relative_error(kernel.run(q, k, v), plain_attention(q, k, v))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as problem:  # as in attend()
-            self._give_up(kernel, f"{type(problem).__name__}: {problem}")
+        if kernel.label in self._failed:
             return False
         tolerance = TOLERANCE.get(q.dtype, 3e-2) if kernel.exact else TOLERANCE_8BIT
         if not error < tolerance:
             self._give_up(kernel, f"relative error {error:.2g} against plain attention")
             return False
         return True
+
+    @contextmanager
+    def _giving_up(self, kernel: Kernel) -> Iterator[None]:
+        """Within: what a kernel raises ends its use; its package may raise anything. Out of memory is raised again."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self._give_up(kernel, f"{type(error).__name__}: {error}")
 
     def _give_up(self, kernel: Kernel, why: str) -> None:
         self._failed.add(kernel.label)

@@ -29,7 +29,7 @@ def raising(error):
 
 
 def kernel(name="flash2", run=right, exact=True, obstacle=None):
-    return Kernel(name, f"{name} of the test", exact, lambda problem: obstacle, run)
+    return Kernel(name, f"{name}{'' if exact else ' in 8 bits'} of the test", exact, lambda problem: obstacle, run)
 
 
 def stock(q, k, v):
@@ -104,6 +104,8 @@ def test_eight_bits_run_only_where_allowed():
     assert torch.allclose(attend(kernels, allowed, exact=False)[0], right(*inputs()) * 1.05, atol=1e-6)
     named = AttentionConfig("flash2", allow_8bit=True)
     assert is_right(attend(kernels, named, exact=False)[0])  # an exact kernel by name has no 8-bit form
+    both = [kernel("flash3", raising(RuntimeError("no FP8 in this build")), exact=False), kernel("flash3")]
+    assert is_right(attend(both, AttentionConfig("flash3", allow_8bit=True), exact=False)[0])  # its exact form is left
     broken = kernel("sage", lambda q, k, v: right(q, k, v) * 2, exact=False)
     assert (attend([broken], allowed, exact=False)[0] == 7).all()
 
