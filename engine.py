@@ -17,7 +17,7 @@ import comfy.model_patcher
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import AttentionHook, Selection, override
 from .cache import CacheHook, FirstBlockCache
@@ -143,8 +143,22 @@ def _compiling(config: CompileConfig, guider) -> Iterator[None]:
     for key in stack.keys:
         alone = key not in transformer_options.get("patches_replace", {}).get("dit", {})
         _wrap_block(transformer_options, key, blocks.around_block(key, alone))
-    with blocks.settings():
+    with blocks.settings(), _frozen(patcher.model.diffusion_model):
         yield
+
+
+@contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """Within: no parameter requires gradients. Older ComfyUIs load them so and patch them otherwise, and compiled
+    blocks would be compiled again for a LoRA."""
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 class _RunView:
