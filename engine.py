@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .attention import AttentionHook, Selection, override
 from .cache import CacheHook, FirstBlockCache
 from .compilation import CompiledBlocks, compile_settings
-from .models import find_stack
+from .models import BlockKey, find_stack
 from .plain import plain_clone
 from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
 from .quantization import quantized
@@ -35,6 +35,7 @@ logger = logging.getLogger("skein")
 
 OTHER_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}  # wrapper keys of ComfyUI's own caches
 COMPILE_KEY = "torch.compile"  # wrapper key of ComfyUI's own compilation, and of set_torch_compile_wrapper
+ATTENTION_PATCHES = ("attn1_patch", "attn1_output_patch")  # told the index of their block: a graph for each block
 OVERRIDE = "optimized_attention_override"
 
 
@@ -98,7 +99,7 @@ def _quantizing(config: FP8Config, guider) -> Iterator[None]:
 def _attending(config: AttentionConfig | None, guider) -> Iterator[None]:
     """Attention by the plan. Without one, ComfyUI's own as one operator, which compiled blocks need."""
     config = config or AttentionConfig(kernel="stock", trim_text=False)
-    find_stack(guider.model_patcher.model.diffusion_model)
+    find_stack(guider.model_patcher.model.diffusion_model)  # refuses models that it does not know
     transformer_options = guider.model_options["transformer_options"]
     before = transformer_options.get(OVERRIDE)
     if before is not None:
@@ -136,13 +137,21 @@ def _compiling(config: CompileConfig, guider) -> Iterator[None]:
     if transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(COMPILE_KEY):
         raise ValueError("TorchCompileModel and Skein's Compile cannot work on one model; remove one of them.")
 
+    if any(transformer_options.get("patches", {}).get(name) for name in ATTENTION_PATCHES):
+        logger.warning(
+            "Skein compile: another node's attention patch runs inside of the blocks, so they run uncompiled."
+        )
+        show(config.node_id, "uncompiled: another node's attention patch runs inside of the blocks")
+        yield
+        return
+    if transformer_options.get("patches") or transformer_options.get("patches_replace"):
+        config = replace(config, warm_up=False)  # other packs' code in the blocks may keep count of its calls
     blocks = CompiledBlocks(config, partial(show, config.node_id))
     keys = [f"diffusion_model.{name}" for name in stack.modules]
     set_torch_compile_wrapper(_RunView(patcher, transformer_options), keys=keys, **compile_settings(config))
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, blocks.around_model, transformer_options)
     for key in stack.keys:
-        alone = key not in transformer_options.get("patches_replace", {}).get("dit", {})
-        _wrap_block(transformer_options, key, blocks.around_block(key, alone))
+        _wrap_block(transformer_options, key, blocks.around_block(key), innermost=True)
     with blocks.settings(), _frozen(patcher.model.diffusion_model):
         yield
 
@@ -209,14 +218,19 @@ def _caching(config: CacheConfig, guider) -> Iterator[None]:
         publish(run)
 
 
-def _wrap_block(transformer_options: dict, key: tuple[str, int], wrapper: Callable) -> None:
-    """Put `wrapper(args, run_block)` around one block, outside of what another pack has put there."""
+def _wrap_block(transformer_options: dict, key: BlockKey, wrapper: Callable, innermost: bool = False) -> None:
+    """Put `wrapper(args, run_block)` around one block: outside of what another pack has put there, or next to the
+    block itself."""
     replacements = transformer_options.setdefault("patches_replace", {}).setdefault("dit", {})
-    inner = replacements.get(key)
+    other = replacements.get(key)
 
     def replacement(args: dict, extra: dict) -> dict:
         original = extra["original_block"]
-        return wrapper(args, original if inner is None else lambda inner_args: inner(inner_args, extra))
+        if other is None:
+            return wrapper(args, original)
+        if innermost:
+            return other(args, {**extra, "original_block": lambda inner_args: wrapper(inner_args, original)})
+        return wrapper(args, lambda inner_args: other(inner_args, extra))
 
     replacements[key] = replacement
 

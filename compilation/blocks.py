@@ -24,7 +24,6 @@ logger = logging.getLogger("skein")
 
 DYNAMIC = {"auto": None, "on": True, "off": False}
 RECOMPILE_LIMIT = 64  # graphs of one kind of block: sizes x batch sizes x types x FP8 modes, over a session
-ATTENTION_PATCHES = ("attn1_patch", "attn1_output_patch")  # other packs' code, which runs inside of a block
 
 Block = Callable[[dict], dict]
 
@@ -100,8 +99,8 @@ class CompiledBlocks:
             seconds = time.perf_counter() - started
             self.say(f"compiled {made} graphs in {seconds:.1f} s" if made else "compiled before")
 
-    def around_block(self, key: BlockKey, alone: bool) -> Callable[[dict, Block], dict]:
-        """A wrapper (args, block) for one block. alone: no other pack's code stands between it and the block."""
+    def around_block(self, key: BlockKey) -> Callable[[dict, Block], dict]:
+        """A wrapper (args, block) for one block, with nothing of another pack's between it and the block."""
 
         def run(args: dict, block: Block) -> dict:
             warmed = args["transformer_options"].get(WARM_UP_KEY)
@@ -111,7 +110,7 @@ class CompiledBlocks:
                 warmed.add(key[0])
             if not self.failed:
                 try:
-                    return self._run_compiled(key, args, block, alone)
+                    return self._run_compiled(key, args, block)
                 except Exception as error:
                     self._handle(error, key)
             # The graph is whole or absent, so nothing has run yet and `args` are as they were.
@@ -120,27 +119,23 @@ class CompiledBlocks:
 
         return run
 
-    def _run_compiled(self, key: BlockKey, args: dict, block: Block, alone: bool) -> dict:
+    def _run_compiled(self, key: BlockKey, args: dict, block: Block) -> dict:
         started, graphs = time.perf_counter(), _graphs()
-        out = block(self._stable(args, alone))
+        out = block(self._stable(args))
         if _graphs() > graphs:
             logger.info("Skein compile: %s %d in %.1f s", *key, time.perf_counter() - started)
         return out
 
-    def _stable(self, args: dict, alone: bool) -> dict:
-        """Arguments that keep graphs valid: only the options that a block uses, if nobody else reads them; rotary
-        factors for the attention to apply; sizes that depend on the text marked as variable."""
+    def _stable(self, args: dict) -> dict:
+        """Arguments that keep graphs valid: only the options that a block uses, rotary factors for the attention to
+        apply, sizes that depend on the text marked as variable."""
         if self.config.dynamic == "auto":
             text = "txt" if "txt" in args else "img"
             torch._dynamo.maybe_mark_dynamic(args[text], 1)
             if args["pe"] is not None:
                 torch._dynamo.maybe_mark_dynamic(args["pe"], 2)
-        options = args["transformer_options"]
-        if any(options.get("patches", {}).get(name) for name in ATTENTION_PATCHES):
-            return args
-        # block_index: one number for all, or each block might be compiled for its own.
-        kept = {"block_index": 0} if alone else options
-        needed = {**kept, "optimized_attention_override": override, ROPE_KEY: args["pe"]}
+        # block_index: one number for all, or each block would be compiled for its own.
+        needed = {"optimized_attention_override": override, "block_index": 0, ROPE_KEY: args["pe"]}
         return {**args, "pe": None, "transformer_options": needed}
 
     def _handle(self, error: Exception, key: BlockKey) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ import websocket
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 300
+TEXT = 3  # ComfyUI's number of a binary message with a status text
 Progress = Callable[[dict], None]
 
 
@@ -123,7 +125,8 @@ class ComfyServer:
     def run(self, prompt: dict, on_progress: Progress | None = None) -> dict[str, dict]:
         """Run an API-format prompt to its end; returns the outputs by node id. Raises PromptError if it fails.
 
-        on_progress is called with each JSON message of the server ("progress", "executing", ...).
+        on_progress is called with each message of the server ("progress", "executing", ...); a status text of a node
+        comes as "progress_text" with its node and text.
         """
         socket_url = f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}"
         channel = websocket.create_connection(socket_url, timeout=600)
@@ -131,9 +134,7 @@ class ComfyServer:
             prompt_id = self.submit(prompt)
             while True:
                 message = channel.recv()
-                if isinstance(message, bytes):  # previews and status texts
-                    continue
-                event = json.loads(message)
+                event = _status_text(message) if isinstance(message, bytes) else json.loads(message)
                 data = event.get("data", {})
                 if on_progress is not None:
                     on_progress(event)
@@ -176,3 +177,14 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _status_text(message: bytes) -> dict:
+    """A binary message as an event; a preview has nothing in it that is of use here."""
+    kind, length = struct.unpack(">II", message[:8])
+    if kind != TEXT:
+        return {"type": "preview"}
+    return {
+        "type": "progress_text",
+        "data": {"node": message[8 : 8 + length].decode(), "text": message[8 + length :].decode()},
+    }

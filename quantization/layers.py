@@ -1,5 +1,6 @@
 """Which layers are quantized, and what stands in the way."""
 
+import logging
 from functools import cache
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from ..models import TEXT_ENCODER_KEEPS, find_stack
 from ..plan import FP8Config
 from .linear import MULTIPLE, QuantizedLinear
+
+logger = logging.getLogger("skein")
 
 MISSING = "FP8 needs torchao: run `python -m pip install torchao` in ComfyUI's Python environment, then restart it."
 SCALED = "The checkpoint is already quantized; it runs as ComfyUI loads it, without Skein's FP8."
@@ -30,13 +33,17 @@ def supported_mode(mode: str, device: torch.device) -> str:
 
     FP8 products need compute capability 8.9, one scale per row more than some of those GPUs and older PyTorchs have.
     """
+    if mode == "weight_only":
+        return mode
     for candidate in dict.fromkeys((mode, "per_tensor")):
-        if mode == "weight_only":
-            break
         try:
             ones = torch.ones(32, 32, device=device, dtype=torch.bfloat16)
             QuantizedLinear(ones, None, candidate)(ones)
-        except (RuntimeError, ValueError, NotImplementedError):
+        except torch.OutOfMemoryError:
+            raise  # says nothing about what the device can do
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            # What PyTorch raises for a product that a device lacks; the type differs between versions and devices.
+            logger.info("Skein FP8: %s cannot run on %s (%s)", candidate, device, str(error).partition("\n")[0])
             continue
         return candidate
     return "weight_only"

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max  # 448
-SMALLEST = 1e-12  # of the largest absolute value that a scale is made from: rows of zeros must not divide by zero
+from ..float8 import FP8, FP8_MAX, SMALLEST, to_fp8
+
 MULTIPLE = 16  # torch._scaled_mm wants both sides of a weight to be multiples of this
 HEADROOM = 8  # weight_only: how far LoRA may grow a row under its scale; floating point keeps its precision below
 CHUNK = 1 << 25  # values quantized at a time where no compiler fuses the steps
@@ -107,10 +106,6 @@ def quantize_weight(weight: Tensor, mode: str) -> tuple[Tensor, Tensor]:
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The plain weight (O, I) of FP8 values and their scale, rounded once."""
     return (weight.float() * scale).to(dtype)
-
-
-def to_fp8(values: Tensor, scale: Tensor) -> Tensor:
-    return (values.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def quantize_rows(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import pickle
 
 import pytest
-from skein.plan import CacheConfig, FP8Config, Plan
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,20 @@ def test_a_plan_survives_pickling_and_ignores_which_node_made_it():
     assert plan != Plan()
 
 
-def test_an_unknown_fp8_mode_is_refused_and_modulation_is_part_of_the_plan():
-    with pytest.raises(ValueError, match="per_row, per_tensor, weight_only"):
-        FP8Config(mode="int8")
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: FP8Config(mode="int8"), "per_row, per_tensor, weight_only"),
+        (lambda: AttentionConfig(kernel="flash9"), "flash3"),
+        (lambda: AttentionConfig(exact_steps=-1), "0 or more"),
+        (lambda: CompileConfig(mode="fast"), "max-autotune"),
+        (lambda: CompileConfig(dynamic="maybe"), "auto"),
+    ],
+)
+def test_unknown_choices_are_refused_with_those_that_there_are(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+def test_modulation_is_part_of_the_plan():
     assert FP8Config(modulation=False) != FP8Config(modulation=True)

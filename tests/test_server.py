@@ -25,8 +25,8 @@ def prompt():
     return graph
 
 
-def frames(server, graph):
-    outputs = server.run(graph)
+def frames(server, graph, on_event=None):
+    outputs = server.run(graph, on_event)
     return read_frames(server.file(outputs[node_id(graph, "SaveAnimatedWEBP")]["images"][0]))
 
 
@@ -163,3 +163,34 @@ def test_sampler_custom_advanced(server, prompt, cfg):
     change(CACHE, residual_diff_threshold=0.3)(prompt, None)
     assert (frames(server, custom_sampling(prompt, cfg)) != stock).any()
     assert server.get("/skein/runs")["runs"][-1]["reused"] > 0
+
+
+ALL_NODES = {
+    "SkeinFP8Quantize": {"mode": "per_row", "modulation": True},
+    "SkeinAttention": {"kernel": "auto", "trim_text": True, "allow_8bit": False, "exact_steps": 2},
+    "SkeinCompile": {"mode": "default", "dynamic": "auto", "warm_up": True, "cache_folder": ""},
+}
+
+
+def with_all_nodes(graph):
+    """The graph with the other model nodes between the loader and the cache."""
+    graph = copy.deepcopy(graph)
+    cache = graph[node_id(graph, CACHE)]["inputs"]
+    for name, inputs in ALL_NODES.items():
+        graph[name] = {"class_type": name, "inputs": {**inputs, "model": cache["model"]}}
+        cache["model"] = [name, 0]
+    return graph
+
+
+@pytest.mark.parametrize("cfg", [None, 3.0], ids=["KSampler", "SamplerCustomAdvanced"])
+def test_all_nodes_at_once(server, prompt, cfg):
+    """Each node says on itself what it did, and the video stays near stock's."""
+    change(CACHE, residual_diff_threshold=0.05)(prompt, None)
+    graph, stock = with_all_nodes(prompt), without_cache(prompt)
+    if cfg:
+        graph, stock = custom_sampling(graph, cfg), custom_sampling(stock, cfg)
+    events = []
+    video = frames(server, graph, events.append)
+    assert abs(video - frames(server, stock)).mean() < 0.03
+    said = {e["data"]["node"]: e["data"]["text"] for e in events if e["type"] == "progress_text"}
+    assert "GB" in said["SkeinFP8Quantize"] and "compiled" in said["SkeinCompile"] and "runs" in said["SkeinAttention"]

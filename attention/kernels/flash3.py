@@ -16,11 +16,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .kernel import Kernel, Problem, input_obstacle
+from ...float8 import FP8_MAX, SMALLEST, to_fp8
+from .kernel import Kernel, Problem, first, input_obstacle
 
 MODULES = ("fa3_fwd_interface", "flash_attn_interface")
-FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max
 
 
 @cache
@@ -44,18 +43,13 @@ def _fp8_obstacle(problem: Problem) -> str | None:
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = _function()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out[0] if isinstance(out, tuple) else out  # older builds return the log-sum-exp as well
+    return first(_function()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)))
 
 
 def _run_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     (q8, q_scale), (k8, k_scale), (v8, v_scale) = quantize_heads(q, k, v)
-    out = _function()(
-        q8.transpose(1, 2), k8.transpose(1, 2), v8.transpose(1, 2),
-        q_descale=q_scale, k_descale=k_scale, v_descale=v_scale,
-    )  # fmt: skip
-    out = out[0] if isinstance(out, tuple) else out
-    return out.to(q.dtype)
+    scales = dict(q_descale=q_scale, k_descale=k_scale, v_descale=v_scale)
+    return first(_function()(q8.transpose(1, 2), k8.transpose(1, 2), v8.transpose(1, 2), **scales)).to(q.dtype)
 
 
 def quantize_heads(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -72,8 +66,8 @@ def quantize_heads(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor
 def quantize_head_plainly(x: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """What fp8_triton.quantize_head computes, in plain torch."""
     moved = x.float() - offset
-    scale = (moved.abs().amax(dim=(2, 3)) / FP8_MAX).clamp(min=1e-12)
-    return (moved / scale[:, :, None, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+    scale = moved.abs().amax(dim=(2, 3), keepdim=True).clamp(min=SMALLEST) / FP8_MAX
+    return to_fp8(moved, scale), scale[:, :, 0, 0]
 
 
 FLASH3 = Kernel("flash3", "FlashAttention-3", True, _obstacle, _run)

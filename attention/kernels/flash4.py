@@ -4,7 +4,7 @@ from functools import cache
 
 from torch import Tensor
 
-from .kernel import Kernel, Problem, input_obstacle, package_obstacle
+from .kernel import Kernel, Problem, first, input_obstacle, package_obstacle
 
 
 @cache
@@ -23,8 +23,7 @@ def _obstacle(problem: Problem) -> str | None:
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = _function()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out[0] if isinstance(out, tuple) else out
+    return first(_function()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)))
 
 
 FLASH4 = Kernel("flash4", "FlashAttention-4", True, _obstacle, _run)

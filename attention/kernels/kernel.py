@@ -67,6 +67,11 @@ def input_obstacle(problem: Problem, label: str, head_dims: Container[int]) -> s
     return None
 
 
+def first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The output of a function of the FlashAttention packages: some return the log-sum-exp as well."""
+    return out[0] if isinstance(out, tuple) else out
+
+
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention as it is written down, in float32: (B, H, S, D) to (B, S, H, D). For checks on small slices."""
     q, k, v = q.float(), k.float(), v.float()

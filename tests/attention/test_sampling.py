@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from loras import relative_error
 from skein import engine
 from skein.demo.sampling import conditioning, sample
 from skein.plan import AttentionConfig, CacheConfig
@@ -23,10 +24,6 @@ def padded(prompt: str, tokens: int = PADDED, left: bool = False, **extra) -> li
     return [[order(text, noise), {**settings, "attention_mask": order(kept, cut)}]]
 
 
-def error(a, b):
-    return float((a - b).norm() / b.norm())
-
-
 def recording(model, seen):
     """The model with an attention override of another pack's, which notes masks and runs ComfyUI's attention."""
     model = model.clone()
@@ -44,12 +41,12 @@ def test_padded_conditioning_gives_what_trimmed_conditioning_gives(tiny_model, l
     seen = []
     trimmed = sample(tiny_model, "a red circle moves left", **SMALL)
     model = engine.edit(recording(tiny_model, seen), attention=AttentionConfig(kernel="stock"))
-    assert error(sample(model, padded("a red circle moves left", left=left), **SMALL), trimmed) < 1e-5
+    assert relative_error(sample(model, padded("a red circle moves left", left=left), **SMALL), trimmed) < 1e-5
     assert seen and not any(masked for masked, _ in seen)  # no mask reached a kernel
     assert max(keys for _, keys in seen) == 3 * 4 * 4 + 5  # nor a padded token
     # The comparison can fail: left in and masked, padding still counts in the mean of the text.
     untrimmed = engine.edit(tiny_model, attention=AttentionConfig(trim_text=False))
-    assert error(sample(untrimmed, padded("a red circle moves left", left=left), **SMALL), trimmed) > 2e-5
+    assert relative_error(sample(untrimmed, padded("a red circle moves left", left=left), **SMALL), trimmed) > 2e-5
 
 
 def test_the_same_in_bfloat16():
@@ -57,7 +54,7 @@ def test_the_same_in_bfloat16():
     assert model.model.get_dtype() == torch.bfloat16
     trimmed = sample(model, "a red circle moves left", **SMALL)
     masked = sample(engine.edit(model, attention=AttentionConfig()), padded("a red circle moves left"), **SMALL)
-    assert error(masked, trimmed) < 1e-2
+    assert relative_error(masked, trimmed) < 1e-2
 
 
 def test_a_mask_with_holes_is_honoured(tiny_model):
@@ -72,7 +69,7 @@ def test_cond_and_uncond_of_one_padded_length_are_cut_each_to_its_own(tiny_model
     trimmed = sample(engine.edit(tiny_model, cache=cache), "a red circle moves left", "a blue square", **SMALL, cfg=3.0)
     both = padded("a red circle moves left"), padded("a blue square")
     model = engine.edit(tiny_model, attention=AttentionConfig(), cache=cache)
-    assert error(sample(model, *both, **SMALL, cfg=3.0), trimmed) < 1e-5
+    assert relative_error(sample(model, *both, **SMALL, cfg=3.0), trimmed) < 1e-5
 
 
 def test_samples_of_one_batch_with_texts_of_different_length(tiny_model):
@@ -85,7 +82,7 @@ def test_samples_of_one_batch_with_texts_of_different_length(tiny_model):
     for i, prompt in enumerate(prompts):
         text, alone = conditioning(prompt)[0]
         same = [[text, {**alone, "pooled_output": settings["pooled_output"]}]]
-        assert error(together[i], sample(tiny_model, same, latent=latent, steps=4)[i]) < 1e-5
+        assert relative_error(together[i], sample(tiny_model, same, latent=latent, steps=4)[i]) < 1e-5
 
 
 def test_hunyuan_video_15_with_byt5_and_vision_tokens_around_the_text():
@@ -99,14 +96,14 @@ def test_hunyuan_video_15_with_byt5_and_vision_tokens_around_the_text():
     trimmed = sample(model, conditioning("a red circle moves left", **around), **arguments)
     positive = padded("a red circle moves left", **around)
     skein = engine.edit(model, attention=AttentionConfig())
-    assert error(sample(skein, positive, **arguments), trimmed) < 1e-5
+    assert relative_error(sample(skein, positive, **arguments), trimmed) < 1e-5
 
 
 @pytest.mark.parametrize("extra", [{"guiding_frame_index": 0}, {"ref_latent": torch.ones(1, 16, 1, 8, 8)}])
 def test_image_to_video_templates(tiny_model, extra):
     trimmed = sample(tiny_model, conditioning("a red circle moves left", **extra), **SMALL)
     skein = engine.edit(tiny_model, attention=AttentionConfig())
-    assert error(sample(skein, padded("a red circle moves left", **extra), **SMALL), trimmed) < 1e-5
+    assert relative_error(sample(skein, padded("a red circle moves left", **extra), **SMALL), trimmed) < 1e-5
 
 
 def test_another_packs_attention_runs_where_skeins_does_not(tiny_model, caplog):
@@ -123,5 +120,5 @@ def test_another_packs_attention_runs_where_skeins_does_not(tiny_model, caplog):
     seen.clear()
     with caplog.at_level("INFO", logger="skein"):
         ours = sample(engine.edit(model, attention=AttentionConfig()), "a red circle", **SMALL)
-    assert error(ours, stock) < 1e-5 and len(seen) == 2 * 4  # two refiner blocks a step
+    assert relative_error(ours, stock) < 1e-5 and len(seen) == 2 * 4  # two refiner blocks a step
     assert "another node has set an attention" in caplog.text

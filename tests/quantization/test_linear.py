@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from loras import relative_error
 from skein.quantization.linear import (
     FP8_MAX,
     QuantizedLinear,
@@ -32,10 +33,6 @@ def weights(rows_differ=False, seed=0):
     return weight, bias
 
 
-def relative(value, reference):
-    return float((value.float() - reference.float()).norm() / reference.float().norm())
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", [(5, 64), (2, 7, 64), (1, 64), (64,)])
@@ -46,7 +43,7 @@ def test_error_type_and_shape(mode, dtype, shape):
     out = layer(x)
     stock = F.linear(x.float(), weight.to(dtype).float(), bias.to(dtype).float())
     assert out.dtype == dtype and out.shape == stock.shape
-    assert 0.001 < relative(out, stock) < 0.04
+    assert 0.001 < relative_error(out, stock) < 0.04
 
 
 def test_scales_per_row_keep_rows_of_different_size_apart():
@@ -57,7 +54,7 @@ def test_scales_per_row_keep_rows_of_different_size_apart():
     errors = {}
     for mode in ("per_tensor", "per_row"):
         out = QuantizedLinear(weight, None, mode)(x)
-        errors[mode] = max(relative(row, reference) for row, reference in zip(out, stock))
+        errors[mode] = max(relative_error(row, reference) for row, reference in zip(out, stock))
     assert errors["per_row"] < 0.06 < 0.3 < errors["per_tensor"]
 
 
@@ -71,7 +68,7 @@ def test_rows_of_zeros_and_an_empty_batch(mode, dtype):
     x[1] = 0
     out = layer(x)
     assert torch.isfinite(out).all()
-    assert relative(out[1], bias) < 0.01
+    assert relative_error(out[1], bias) < 0.01
     assert torch.isfinite(layer(torch.zeros(4, 64, dtype=dtype))).all()
     assert layer(x[:0]).shape == (0, 96) and layer(x[None, :0]).shape == (1, 0, 96)
 
@@ -104,7 +101,7 @@ def test_the_product_of_torchao_is_the_reference():
             *quantize_weight(weight, "per_row" if per_row else "per_tensor"),
             bias.bfloat16(),
         )
-        assert relative(scaled_product(*operands), reference_product(*operands)) < 0.005
+        assert relative_error(scaled_product(*operands), reference_product(*operands)) < 0.005
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -115,7 +112,7 @@ def test_it_compiles_as_one_graph(mode, dtype):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for rows in (5, 9, 12):
         x = torch.randn(2, rows, 64).to(dtype)
-        assert relative(compiled(x), layer(x)) < 0.005
+        assert relative_error(compiled(x), layer(x)) < 0.005
 
 
 def test_the_product_of_torchao_compiles_as_one_graph(monkeypatch):
@@ -124,7 +121,7 @@ def test_the_product_of_torchao_compiles_as_one_graph(monkeypatch):
     for mode in ("per_tensor", "per_row"):
         layer = QuantizedLinear(weight.bfloat16(), bias.bfloat16(), mode)
         x = torch.randn(2, 5, 64, dtype=torch.bfloat16)
-        assert relative(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)) < 0.005
+        assert relative_error(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)) < 0.005
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -139,7 +136,7 @@ def test_comfyui_patches_a_weight_and_puts_it_back(mode):
     assert layer.set_weight(plain * 0.5, return_weight=True).dtype == torch.float8_e4m3fn
     assert torch.equal(layer(x), out)
     layer.set_weight(plain * 0.5)
-    assert relative(layer(x), F.linear(x, weight * 0.5, bias)) < 0.06
+    assert relative_error(layer(x), F.linear(x, weight * 0.5, bias)) < 0.06
     layer.weight = before
     assert torch.equal(layer(x), out)
     layer.set_weight(plain, inplace_update=True)
@@ -153,4 +150,4 @@ def test_patch_functions_of_a_partly_loaded_model_are_applied(mode):
     layer = QuantizedLinear(weight, bias, mode)
     x = torch.randn(5, 64)
     layer.weight_function, layer.bias_function = [lambda w: w * 2], [lambda b: b * 3]
-    assert relative(layer(x), F.linear(x, weight * 2, bias * 3)) < 0.04
+    assert relative_error(layer(x), F.linear(x, weight * 2, bias * 3)) < 0.04

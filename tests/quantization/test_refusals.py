@@ -7,6 +7,7 @@ import comfy.sd
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from loras import relative_error
 from safetensors.torch import save_file
 from skein import engine
 from skein.demo.sampling import conditioning, sample
@@ -29,10 +30,6 @@ def fp8(model, mode="per_row", **settings):
     return engine.edit(model, plain=True, fp8=FP8Config(mode=mode, **settings))
 
 
-def relative(value, reference):
-    return float((value - reference).norm() / reference.norm())
-
-
 @pytest.mark.parametrize("path", [QKV, "diffusion_model.double_blocks.0", f"{QKV}.forward"])
 def test_a_replaced_layer_is_refused(model, path):
     source = model.clone()
@@ -53,7 +50,7 @@ def test_other_object_patches_are_kept(model):
 
     shifted = ModelSamplingSD3().patch(model, 3.0)[0]
     stock, on = sample(shifted, PROMPT, **SMALL), sample(fp8(shifted), PROMPT, **SMALL)
-    errors = relative(on, stock), relative(sample(fp8(model), PROMPT, **SMALL), stock)
+    errors = relative_error(on, stock), relative_error(sample(fp8(model), PROMPT, **SMALL), stock)
     assert 0 < errors[0] < 0.1 and errors[1] > 2 * errors[0], errors
 
 
@@ -61,7 +58,7 @@ def test_weight_wrappers_on_quantized_layers_are_kept(model):
     source = model.clone()
     source.add_weight_wrapper(f"{QKV}.weight", lambda weight: weight * 0)
     stock, on = sample(source, PROMPT, **SMALL), sample(fp8(source), PROMPT, **SMALL)
-    assert 0 < relative(on, stock) < 0.1
+    assert 0 < relative_error(on, stock) < 0.1
     assert not torch.equal(on, sample(fp8(model), PROMPT, **SMALL))
 
 
@@ -77,7 +74,7 @@ def test_a_scheduled_lora_on_quantized_layers_is_refused_and_on_others_kept(mode
     with pytest.raises(ValueError, match="scheduled LoRA"):
         sample(fp8(model), **scheduled(QKV))
     other = scheduled("diffusion_model.time_in.in_layer")
-    assert 0 < relative(sample(fp8(model), **other), sample(model, **other)) < 0.1
+    assert 0 < relative_error(sample(fp8(model), **other), sample(model, **other)) < 0.1
 
 
 def test_core_compile_and_multigpu_are_refused(model):
@@ -117,7 +114,7 @@ def test_a_checkpoint_stored_in_plain_float8_is_quantized(model, tmp_path):
     stored = load(state_of(model), tmp_path / "model.safetensors", dtype=torch.float8_e4m3fn)
     assert stored.get_model_object(f"{QKV}.weight").dtype == torch.float8_e4m3fn
     stock, on = sample(stored, PROMPT, **SMALL), sample(fp8(stored), PROMPT, **SMALL)
-    assert 0 < relative(on, stock) < 0.1
+    assert 0 < relative_error(on, stock) < 0.1
     layer = vars(stored.model)[TWIN_KEY].model.get_submodule(QKV)
     assert isinstance(layer, QuantizedLinear)
     assert torch.equal(sample(stored, PROMPT, **SMALL), stock)
@@ -151,4 +148,4 @@ def test_a_quantized_block_compiles_as_one_graph(model, monkeypatch):
         eager = block(img.clone(), **arguments)
         torch.compiler.reset()
         compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(img.clone(), **arguments)
-        assert relative(compiled, eager) < 0.01
+        assert relative_error(compiled, eager) < 0.01

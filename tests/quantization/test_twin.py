@@ -7,6 +7,7 @@ import comfy.model_management
 import comfy.utils
 import pytest
 import torch
+from loras import relative_error, with_lora
 from skein import engine
 from skein.demo.sampling import sample
 from skein.plan import CacheConfig, FP8Config
@@ -42,23 +43,8 @@ def twin_of(model):
     return vars(model.model)[TWIN_KEY]
 
 
-def with_lora(model, strength, seed=0, keys=tuple(LORA_KEYS), bias=False):
-    """A LoRA of rank 4 put on as ComfyUI's LoRA node does."""
-    import comfy.lora
-    import comfy.lora_convert
-
-    torch.manual_seed(seed)
-    file = {}
-    for key in keys:
-        rows, columns = comfy.utils.get_attr(model.model, f"{key}.weight").shape
-        file[f"{key}.lora_up.weight"] = torch.randn(rows, 4) / 8
-        file[f"{key}.lora_down.weight"] = torch.randn(4, columns) / 8
-        if bias:
-            file[f"{key}.diff_b"] = torch.randn(rows) / 8
-    patches = comfy.lora.load_lora(file, {key: f"{key}.weight" for key in keys})
-    clone = model.clone()
-    assert len(clone.add_patches(patches, strength)) == len(keys) * (2 if bias else 1)
-    return clone
+def two_loras(model, bias):
+    return with_lora(with_lora(model, 0.8, LORA_KEYS, 0, bias=bias), -0.5, LORA_KEYS, 1, bias=bias)
 
 
 def baked(strengths, bias=False):
@@ -66,15 +52,11 @@ def baked(strengths, bias=False):
     model = random_hunyuan_video()
     patched = model
     for seed, strength in enumerate(strengths):
-        patched = with_lora(patched, strength, seed, bias=bias)
+        patched = with_lora(patched, strength, LORA_KEYS, seed, bias=bias)
     for key in list(patched.patches):
         weight = patched.patch_weight_to_device(key, device_to=torch.device("cpu"), return_weight=True)
         comfy.utils.set_attr_param(model.model, key, weight)
     return model
-
-
-def relative(value, reference):
-    return float((value - reference).norm() / reference.norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,7 +79,7 @@ def test_a_blocks_output_stays_within_four_percent_per_row(kind, dtype):
         if mode is None:
             stock = out
         else:
-            errors[mode] = relative(out, stock)
+            errors[mode] = relative_error(out, stock)
     assert all(0.0001 < error < 0.04 for error in errors.values()), errors
     # Rows of random weights are alike, so per-row scales gain nothing here; where they differ, see test_linear.py.
     assert errors["weight_only"] < errors["per_row"] < 1.1 * errors["per_tensor"], errors
@@ -108,7 +90,7 @@ def test_a_blocks_output_stays_within_four_percent_per_row(kind, dtype):
 def test_on_off_on(model, mode, modulation):
     stock = sample(model, PROMPT, **SMALL)
     on = sample(fp8(model, mode, modulation=modulation), PROMPT, **SMALL)
-    assert 0 < relative(on, stock) < 0.1
+    assert 0 < relative_error(on, stock) < 0.1
     twin = twin_of(model)
     assert (MODULATION in twin.modes) == modulation and twin.modes[QKV] == mode
     assert torch.equal(sample(model, PROMPT, **SMALL), stock)
@@ -120,12 +102,12 @@ def test_on_off_on(model, mode, modulation):
 def test_two_conditions_at_cfg_4_and_the_cache(model):
     arguments = dict(SMALL, cfg=4.0)
     stock = sample(model, PROMPT, "a blue square", **arguments)
-    assert 0 < relative(sample(fp8(model), PROMPT, "a blue square", **arguments), stock) < 0.15
+    assert 0 < relative_error(sample(fp8(model), PROMPT, "a blue square", **arguments), stock) < 0.15
     arguments = dict(SMALL, steps=6)
     plain = sample(fp8(model), PROMPT, **arguments)
     cache = CacheConfig(threshold=0.9)
     one = sample(engine.edit(fp8(model), cache=cache), PROMPT, **arguments)
-    assert recent_runs()[-1].reused > 0 and 0 < relative(one, plain) < 0.5
+    assert recent_runs()[-1].reused > 0 and 0 < relative_error(one, plain) < 0.5
     assert torch.equal(sample(fp8(engine.edit(model, cache=cache)), PROMPT, **arguments), one)
 
 
@@ -149,26 +131,26 @@ def test_samplercustomadvanced_gets_its_model_back(model):
 @pytest.mark.parametrize("bias", [False, True])
 def test_lora_then_fp8_is_fp8_of_the_weights_with_lora(model, mode, bias):
     expected = sample(fp8(baked([0.8, -0.5], bias), mode), PROMPT, **SMALL)
-    both = with_lora(with_lora(model, 0.8, 0, bias=bias), -0.5, 1, bias=bias)
+    both = two_loras(model, bias)
     assert torch.equal(sample(fp8(both, mode), PROMPT, **SMALL), expected)
     assert twin_of(model).merged_count == 3  # the embedder's patch is ComfyUI's
-    after = with_lora(with_lora(fp8(model, mode), 0.8, 0, bias=bias), -0.5, 1, bias=bias)
+    after = two_loras(fp8(model, mode), bias)
     assert torch.equal(sample(after, PROMPT, **SMALL), expected)
     without = sample(fp8(model, mode), PROMPT, **SMALL)
-    assert relative(without, expected) > 0.01
+    assert relative_error(without, expected) > 0.01
     assert torch.equal(without, sample(fp8(random_hunyuan_video(), mode), PROMPT, **SMALL))
 
 
 def test_a_change_of_strength_quantizes_only_what_it_touches(model, monkeypatch):
-    first = sample(fp8(with_lora(model, 0.3)), PROMPT, **SMALL)
+    first = sample(fp8(with_lora(model, 0.3, LORA_KEYS)), PROMPT, **SMALL)
     twin, quantized_again = twin_of(model), []
     original = QuantizedLinear.replace
     monkeypatch.setattr(QuantizedLinear, "replace", lambda self, *a: (quantized_again.append(1), original(self, *a)))
-    second = sample(fp8(with_lora(model, 0.9)), PROMPT, **SMALL)
+    second = sample(fp8(with_lora(model, 0.9, LORA_KEYS)), PROMPT, **SMALL)
     assert len(quantized_again) == 3 and twin_of(model) is twin
     assert torch.equal(second, sample(fp8(baked([0.9])), PROMPT, **SMALL))
     assert not torch.equal(first, second)
-    strong = with_lora(model, 0.9)
+    strong = with_lora(model, 0.9, LORA_KEYS)
     sample(fp8(strong), PROMPT, **SMALL)  # other objects, loaded anew: quantized again
     assert len(quantized_again) == 6
     sample(fp8(strong), PROMPT, **SMALL)  # the same objects: not
@@ -183,9 +165,9 @@ def test_comfyui_reloads_the_twin_only_when_its_own_patches_change(model, monkey
     original = type(model).load
     monkeypatch.setattr(type(model), "load", lambda self, *a, **k: (loads.append(self.model), original(self, *a, **k)))
     sample(fp8(model), PROMPT, **SMALL)
-    sample(fp8(with_lora(model, 0.5, keys=[QKV])), PROMPT, **SMALL)
+    sample(fp8(with_lora(model, 0.5, [QKV])), PROMPT, **SMALL)
     assert twin.model.current_weight_patches_uuid == uuid and twin.model not in loads
-    sample(fp8(with_lora(model, 0.5)), PROMPT, **SMALL)
+    sample(fp8(with_lora(model, 0.5, LORA_KEYS)), PROMPT, **SMALL)
     assert twin.model.current_weight_patches_uuid != uuid and twin.model in loads
 
 
@@ -213,7 +195,7 @@ def test_after_a_stopped_run_stock_and_fp8_are_as_before(model, ending):
     "error", [torch.OutOfMemoryError("full"), comfy.model_management.InterruptProcessingException()]
 )
 def test_stopped_while_quantizing_nothing_is_half_made(model, monkeypatch, error):
-    source = with_lora(model, 0.5)
+    source = with_lora(model, 0.5, LORA_KEYS)
     stock = sample(source, PROMPT, **SMALL)
     before = {key: value.clone() for key, value in random_hunyuan_video().model.state_dict().items()}
     made = []
@@ -235,8 +217,8 @@ def test_stopped_while_quantizing_nothing_is_half_made(model, monkeypatch, error
 
 
 def test_stopped_while_requantizing_the_next_run_goes_on(model, monkeypatch):
-    sample(fp8(with_lora(model, 0.3)), PROMPT, **SMALL)
-    made, strong = [], with_lora(model, 0.9)
+    sample(fp8(with_lora(model, 0.3, LORA_KEYS)), PROMPT, **SMALL)
+    made, strong = [], with_lora(model, 0.9, LORA_KEYS)
 
     def failing(weight, mode):
         made.append(1)
@@ -263,22 +245,22 @@ def test_without_room_the_fp8_weights_wait_where_comfyui_offloads_to(model, monk
 
 
 def test_after_a_change_of_lora_comfyui_decides_how_much_to_load(model):
-    sample(fp8(with_lora(model, 0.5)), PROMPT, **SMALL)
+    sample(fp8(with_lora(model, 0.5, LORA_KEYS)), PROMPT, **SMALL)
     comfy.model_management.unload_all_models()
-    with quantized(with_lora(model, 0.9), FP8Config("per_row")) as patcher:
+    with quantized(with_lora(model, 0.9, LORA_KEYS), FP8Config("per_row")) as patcher:
         assert patcher.model is twin_of(model).model and patcher.loaded_size() == 0
 
 
 def test_unloading_everything_between_runs(model):
-    on = sample(fp8(with_lora(model, 0.5)), PROMPT, **SMALL)
+    on = sample(fp8(with_lora(model, 0.5, LORA_KEYS)), PROMPT, **SMALL)
     with torch.inference_mode(False):  # as ComfyUI's server does it for /free
         comfy.model_management.unload_all_models()
     assert twin_of(model).model.model_loaded_weight_memory == 0
-    assert torch.equal(sample(fp8(with_lora(model, 0.5)), PROMPT, **SMALL), on)
+    assert torch.equal(sample(fp8(with_lora(model, 0.5, LORA_KEYS)), PROMPT, **SMALL), on)
 
 
 def test_a_partly_loaded_twin_gives_the_same(model, monkeypatch):
-    source = with_lora(model, 0.5)
+    source = with_lora(model, 0.5, LORA_KEYS)
     on = sample(fp8(source), PROMPT, **SMALL)
     comfy.model_management.unload_all_models()
     with quantized(source, FP8Config("per_row")) as patcher:
@@ -290,7 +272,7 @@ def test_a_partly_loaded_twin_gives_the_same(model, monkeypatch):
         partly = sample(patcher, PROMPT, **SMALL)
         assert books.model_lowvram
         monkeypatch.undo()
-    assert relative(partly, on) < 1e-5
+    assert relative_error(partly, on) < 1e-5
     assert torch.equal(sample(fp8(source), PROMPT, **SMALL), on)
 
 
