@@ -108,7 +108,7 @@ def test_all_four_with_guidance_image_to_video_and_batches(demo_model, arguments
 
 
 def test_next_to_patches_of_core(demo_model):
-    """ModelSamplingSD3 changes the schedule, an attn1 patch runs inside of blocks, which therefore stay uncompiled: both
+    """ModelSamplingSD3 changes the schedule, an attn1 patch runs inside of blocks, which then stay uncompiled: both
     keep working under all four."""
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
