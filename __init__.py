@@ -8,6 +8,7 @@ from .nodes.cache import FirstBlockCacheNode
 from .nodes.compile import CompileNode
 from .nodes.demo import DemoPromptNode
 from .nodes.fp8 import FP8QuantizeNode, FP8TextEncoderNode
+from .nodes.parallel import ContextParallelNode, ReleaseWorkersNode
 from .nodes.preview import LatentVideoPreviewNode
 
 WEB_DIRECTORY = "./web"
@@ -25,6 +26,8 @@ class SkeinExtension(ComfyExtension):
             FP8QuantizeNode,
             FP8TextEncoderNode,
             CompileNode,
+            ContextParallelNode,
+            ReleaseWorkersNode,
             DemoPromptNode,
             LatentVideoPreviewNode,
         ]

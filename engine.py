@@ -23,6 +23,7 @@ from .attention import AttentionHook, Selection, override
 from .cache import CacheHook, FirstBlockCache
 from .compilation import CompiledBlocks, compile_settings
 from .models import BlockKey, find_stack
+from .parallel import Mesh, Sharding, delegated
 from .plain import plain_clone
 from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
 from .quantization import quantized
@@ -64,21 +65,35 @@ def _outer_sample(executor, *args, **kwargs):
 
 
 @contextmanager
-def applied(plan: Plan, guider) -> Iterator[None]:
-    """Apply a plan to a guider's run and take it off at the end, also after an exception or an interrupt."""
+def applied(plan: Plan, guider, mesh: Mesh | None = None) -> Iterator[None]:
+    """Apply a plan to a guider's run and take it off at the end, also after an exception or an interrupt.
+
+    mesh: the processes that share the run, in a worker; None in ComfyUI's own process.
+    """
     options = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
     try:
         # Wrappers run in this order, blocks the other way round: the cache decides before a compiled block is entered.
         with ExitStack() as techniques:
+            if plan.parallel is not None and mesh is None:
+                if plan.cache is not None:
+                    _refuse_other_caches(guider.model_options["transformer_options"])
+                    plan = replace(
+                        plan, cache=replace(plan.cache, sigmas=cache_sigmas(plan.cache, guider.model_patcher))
+                    )
+                techniques.enter_context(delegated(plan, guider))
+                plan = Plan()
+            sharding = None if mesh is None or mesh.world == 1 else _sharding(mesh, guider)
             if plan.fp8 is not None:
                 techniques.enter_context(_quantizing(plan.fp8, guider))
-            if plan.attention is not None or plan.compile is not None:
-                techniques.enter_context(_attending(plan.attention, guider))
+            if plan.attention is not None or plan.compile is not None or sharding is not None:
+                techniques.enter_context(_attending(plan.attention, guider, sharding))
             if plan.compile is not None:
                 techniques.enter_context(_compiling(plan.compile, guider))
             if plan.cache is not None and plan.cache.threshold > 0:
-                techniques.enter_context(_caching(plan.cache, guider))
+                techniques.enter_context(_caching(plan.cache, guider, mesh))
+            if sharding is not None:
+                _share_blocks(sharding, guider)
             yield
     finally:
         guider.model_options = options
@@ -96,8 +111,8 @@ def _quantizing(config: FP8Config, guider) -> Iterator[None]:
 
 
 @contextmanager
-def _attending(config: AttentionConfig | None, guider) -> Iterator[None]:
-    """Attention by the plan. Without one, ComfyUI's own as one operator, which compiled blocks need."""
+def _attending(config: AttentionConfig | None, guider, sharding: Sharding | None) -> Iterator[None]:
+    """Attention by the plan. Without one, ComfyUI's own as one operator, which compiled and shared blocks need."""
     config = config or AttentionConfig(kernel="stock", trim_text=False)
     find_stack(guider.model_patcher.model.diffusion_model)  # refuses models that it does not know
     transformer_options = guider.model_options["transformer_options"]
@@ -106,19 +121,19 @@ def _attending(config: AttentionConfig | None, guider) -> Iterator[None]:
         winner = "it runs" if config.kernel == "stock" else "Skein's runs in the blocks; kernel stock would leave them"
         logger.info("Skein attention: another node has set an attention of its own; %s.", winner)
     selection = Selection(config, _stock_attention(before, transformer_options))
-    hook = AttentionHook(selection, config.trim_text)
+    hook = AttentionHook(selection, config.trim_text, sharding.around if sharding else lambda attend: attend)
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, hook.around_model, transformer_options)
     transformer_options[OVERRIDE] = override if before is None else _chained(before)
     yield
     show(config.node_id, "; ".join(selection.reasons))
 
 
-def _stock_attention(before: Callable | None, transformer_options: dict) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The attention that would run without Skein, of (B, H, S, D) as (B, S, H, D)."""
+def _stock_attention(before: Callable | None, transformer_options: dict) -> Callable[..., Tensor]:
+    """The attention that would run without Skein, of (B, H, S, D) as (B, S, H, D), with a mask or none."""
     options = {} if before is None else {**transformer_options, OVERRIDE: before}
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = optimized_attention(q, k, v, q.shape[1], skip_reshape=True, transformer_options=options)
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        out = optimized_attention(q, k, v, q.shape[1], mask=mask, skip_reshape=True, transformer_options=options)
         return out.unflatten(2, (q.shape[1], -1))
 
     return attend
@@ -186,20 +201,18 @@ class _RunView:
 
 
 @contextmanager
-def _caching(config: CacheConfig, guider) -> Iterator[None]:
-    model = guider.model_patcher.model
-    stack = find_stack(model.diffusion_model)
+def _caching(config: CacheConfig, guider, mesh: Mesh | None) -> Iterator[None]:
+    patcher = guider.model_patcher
+    stack = find_stack(patcher.model.diffusion_model)
     transformer_options = guider.model_options["transformer_options"]
     _refuse_other_caches(transformer_options)
     if len(stack.keys) < 2:
         raise ValueError(f"This model has {len(stack.keys)} block(s); the first-block cache needs at least two.")
 
     run = Run(node_id=config.node_id)
-    percent_to_sigma = model.model_sampling.percent_to_sigma
-    cache = FirstBlockCache(
-        config, float(percent_to_sigma(config.start_percent)), float(percent_to_sigma(config.end_percent))
-    )
-    hook = CacheHook(cache, run, Stopwatch(guider.model_patcher.load_device))
+    sigmas = cache_sigmas(config, patcher)
+    cache = FirstBlockCache(config, *sigmas, *(() if mesh is None or mesh.world == 1 else (mesh.total,)))
+    hook = CacheHook(cache, run, Stopwatch(patcher.load_device))
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, hook.around_model, transformer_options)
     keys = stack.keys
     _wrap_block(transformer_options, keys[0], hook.first_block)
@@ -216,6 +229,31 @@ def _caching(config: CacheConfig, guider) -> Iterator[None]:
         hook.stopwatch.read()
         run.seconds = time.perf_counter() - started
         publish(run)
+
+
+def cache_sigmas(config: CacheConfig, patcher: "ModelPatcher") -> tuple[float, float]:
+    """The sigmas between which calls may be reused, under the sampling that other nodes have given the model."""
+    if config.sigmas is not None:
+        return config.sigmas
+    percent_to_sigma = patcher.get_model_object("model_sampling").percent_to_sigma
+    return float(percent_to_sigma(config.start_percent)), float(percent_to_sigma(config.end_percent))
+
+
+def _sharding(mesh: Mesh, guider) -> Sharding:
+    stack = find_stack(guider.model_patcher.model.diffusion_model)
+    if len(stack.keys) < 2:
+        raise ValueError(f"This model has {len(stack.keys)} block(s); context parallelism needs at least two.")
+    return Sharding(mesh, stack.heads)
+
+
+def _share_blocks(sharding: Sharding, guider) -> None:
+    """Each block on this rank's tokens, outside of everything else that stands around it."""
+    transformer_options = guider.model_options["transformer_options"]
+    first, *middle, last = find_stack(guider.model_patcher.model.diffusion_model).keys
+    _wrap_block(transformer_options, first, sharding.first_block)
+    for key in middle:
+        _wrap_block(transformer_options, key, sharding.block)
+    _wrap_block(transformer_options, last, sharding.last_block)
 
 
 def _wrap_block(transformer_options: dict, key: BlockKey, wrapper: Callable, innermost: bool = False) -> None:

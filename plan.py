@@ -27,6 +27,7 @@ class CacheConfig:
     order: 0 reuses the last residual; 1 and 2 extrapolate from the last two or three computed calls.
     predictor: how orders 1 and 2 extrapolate: "fit" to what the first block shows, or "taylor" over sigma.
     accumulate: compare the change summed since the last computed call, not the last change alone.
+    sigmas: the two percents as sigmas, where the model's own sampling is not at hand; None: asked of the model.
     node_id: the node to show the result on; not part of the plan's identity.
     """
 
@@ -38,6 +39,7 @@ class CacheConfig:
     order: int = 2
     predictor: str = "fit"
     accumulate: bool = False
+    sigmas: tuple[float, float] | None = None
     node_id: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -125,6 +127,58 @@ class CompileConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Settings of context parallelism (see parallel/). Raises ValueError on values that cannot be.
+
+    devices: "all" GPUs, or their numbers ("0,1"), or "cpu,cpu" for two processes on the CPU.
+    ulysses_degree, ring_degree: devices that exchange heads for tokens, and groups of them in a ring; their product is
+        the number of devices. 0 for automatic.
+    keep_warm: the workers stay between runs, with the model in their memory.
+    node_id: the node to show the result on; not part of the plan's identity.
+    """
+
+    devices: str = "all"
+    ulysses_degree: int = 0
+    ring_degree: int = 0
+    keep_warm: bool = True
+    node_id: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        names = self.device_names
+        if names != ["all"] and not all(name.isdecimal() for name in names) and set(names) != {"cpu"}:
+            raise ValueError(f'devices must be "all", GPU numbers such as "0,1", or "cpu,cpu", not {self.devices!r}.')
+        if "cpu" not in names and len(set(names)) < len(names):
+            raise ValueError(f"devices names a GPU twice: {self.devices!r}.")
+        if self.ulysses_degree < 0 or self.ring_degree < 0:
+            raise ValueError("ulysses_degree and ring_degree must be 0 (automatic) or more.")
+        if names != ["all"]:
+            self.degrees(len(names))
+
+    @property
+    def device_names(self) -> list[str]:
+        return [
+            str(int(name)) if name.isdecimal() else name for name in self.devices.replace(" ", "").lower().split(",")
+        ]
+
+    def degrees(self, world: int, heads: int | None = None) -> tuple[int, int]:
+        """Ulysses and ring degree for so many devices. Raises ValueError if they do not multiply to it, or if more
+        devices than the model has heads would share these."""
+        most = max(n for n in range(1, min(world, heads or world) + 1) if world % n == 0)
+        ulysses = self.ulysses_degree or (world // self.ring_degree if self.ring_degree else most)
+        ring = self.ring_degree or (world // ulysses)
+        if heads is not None and ulysses > heads:
+            raise ValueError(
+                f"This model has {heads} heads, which {ulysses} devices cannot share; set ulysses_degree to {most}."
+            )
+        if ulysses * ring != world:
+            raise ValueError(
+                f"ulysses_degree {self.ulysses_degree} and ring_degree {self.ring_degree} do not multiply to {world} "
+                "devices; set one of them to 0 to have it chosen."
+            )
+        return ulysses, ring
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that is asked of the engine; None where a technique is not asked for."""
 
@@ -132,6 +186,7 @@ class Plan:
     attention: AttentionConfig | None = None
     fp8: FP8Config | None = None
     compile: CompileConfig | None = None
+    parallel: ParallelConfig | None = None
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -98,6 +98,7 @@ class Stopwatch:
 
 
 _recent: deque[Run] = deque(maxlen=16)
+_deliver: Callable[[str, dict], None] | None = None  # in a worker process: hands reports to ComfyUI's
 
 
 def recent_runs() -> list[Run]:
@@ -105,8 +106,24 @@ def recent_runs() -> list[Run]:
     return list(_recent)
 
 
+def deliver_to(send: Callable[[str, dict], None]) -> None:
+    """From now on hand everything that is reported to another process: send("run" or "show", data for receive())."""
+    global _deliver
+    _deliver = send
+
+
+def receive(kind: str, data: dict) -> None:
+    """Report what another process has delivered."""
+    if kind == "run":
+        publish(Run(**{**data, "calls": [Call(**call) for call in data["calls"]]}))
+    else:
+        show(data["node_id"], data["text"])
+
+
 def publish(run: Run) -> None:
     """Keep a run that has ended, log it, and show it on its node where a ComfyUI server runs."""
+    if _deliver is not None:
+        return _deliver("run", asdict(run))
     _recent.append(run)
     ended = "" if run.finished else " (stopped early)"
     logger.info("Skein first-block cache: %s%s", run.summary(), ended)
@@ -115,6 +132,8 @@ def publish(run: Run) -> None:
 
 def show(node_id: str | None, text: str) -> None:
     """Show a line of status on a node, where a ComfyUI server runs."""
+    if _deliver is not None:
+        return _deliver("show", {"node_id": node_id, "text": text})
     server = sys.modules.get("server")  # present only inside ComfyUI's server process
     instance = getattr(getattr(server, "PromptServer", None), "instance", None)
     if instance is not None and node_id is not None:

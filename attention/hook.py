@@ -6,25 +6,29 @@ Letters: B batch, H heads, S tokens, D head dim.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ..models import named_arguments
-from .op import active
+from .op import Attend, active
 from .op import attention as attention_op
 from .selection import Selection
 from .text import without_padding
 
+Around = Callable[[Attend], Attend]
 ROPE_KEY = "skein_rope"  # rotary factors that a block has left to its attention, in transformer_options
 
 
 class AttentionHook:
     """The attention of one run: its kernels, and whether padded text is cut."""
 
-    def __init__(self, selection: Selection, trim_text: bool):
+    def __init__(self, selection: Selection, trim_text: bool, around: Around = lambda attend: attend):
+        """around: what stands around the kernels, such as an exchange with other processes."""
         self.selection = selection
         self.trim_text = trim_text
+        self.around = around
 
     def around_model(self, execute: Callable, *args: Any, **kwargs: Any) -> Any:
         """DIFFUSION_MODEL wrapper: cuts padded text, and makes this run's kernels the thread's."""
@@ -35,7 +39,7 @@ class AttentionHook:
             call.arguments.update(arguments)
             return execute(*call.args, **call.kwargs)
 
-        with active(lambda q, k, v: self.selection.attend(q, k, v, exact)):
+        with active(self.around(partial(self.selection.attend, exact=exact))):
             if self.trim_text:
                 return without_padding(run, dict(call.arguments))
             return execute(*args, **kwargs)
@@ -44,7 +48,7 @@ class AttentionHook:
 def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=None, **kwargs: Any) -> Tensor:
     """ComfyUI's optimized_attention_override: the operator wherever it computes the same as `func`.
 
-    That is inside a block, with q, k and v as (B, H, S, D), without a mask or a scale of its own. One function for all
+    That is inside a block, with q, k and v as (B, H, S, D), without a scale of its own. One function for all
     runs, so that compiled blocks, which guard on it, stay valid.
     """
     options = kwargs.get("transformer_options") or {}
@@ -52,8 +56,7 @@ def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=N
     if rope is not None:
         q, k = apply_rope(q, rope), apply_rope(k, rope)
     plain = (
-        mask is None
-        and "block_index" in options
+        "block_index" in options
         and kwargs.get("skip_reshape", False)
         and not kwargs.get("skip_output_reshape", False)
         and kwargs.get("scale") is None
@@ -61,7 +64,7 @@ def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=N
     )
     if not plain:
         return func(q, k, v, heads, mask=mask, **kwargs)
-    return attention_op(q, k, v)
+    return attention_op(q, k, v, mask)
 
 
 def apply_rope(x: Tensor, factors: Tensor) -> Tensor:

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # q, k, v (B, H, S, D), mask to (B, S, H, D)
 ATTEND = "skein_attend"  # attribute of a thread: there, two copies of the pack in one ComfyUI share the operator
 
 
 @contextmanager
-def active(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Within: skein::attention computes by `attend` on this thread, from (B, H, S, D) each to (B, S, H, D)."""
+def active(attend: Attend) -> Iterator[None]:
+    """Within: skein::attention computes by `attend` on this thread."""
     thread = threading.current_thread()
     before = getattr(thread, ATTEND, None)
     setattr(thread, ATTEND, attend)
@@ -29,14 +30,14 @@ def active(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]
 
 
 @torch.library.custom_op("skein::attention", mutates_args=())
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of (B, H, S, D) queries, keys and values as (B, S, H * D)."""
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of (B, H, S, D) queries, keys and values as (B, S, H * D); mask: added to the scores."""
     attend = getattr(threading.current_thread(), ATTEND, None)
     assert attend is not None, "skein::attention runs inside of a model call only"
-    return attend(q, k, v).flatten(2).contiguous()
+    return attend(q, k, v, mask).flatten(2).contiguous()
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     batch, heads, tokens, head_dim = q.shape
     return q.new_empty(batch, tokens, heads * head_dim)

@@ -16,7 +16,7 @@ from .kernels import KERNELS, Kernel, Problem, plain_attention
 
 logger = logging.getLogger("skein")
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, H, S, D) each to (B, S, H, D)
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # q, k, v (B, H, S, D), mask to (B, S, H, D)
 
 CHECK_QUERIES, CHECK_KEYS = 64, 512
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # relative; exact kernels
@@ -36,15 +36,16 @@ class Selection:
         self._failed: set[str] = set()  # labels
         self.reasons: list[str] = []  # what was found out, in words
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, exact: bool = True) -> Tensor:
-        """Attention of (B, H, S, D) queries, keys and values as (B, S, H, D), on the best kernel that works.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, exact: bool = True) -> Tensor:
+        """Attention of (B, H, S, D) queries, keys and values as (B, S, H, D), on the best kernel that works; with a
+        mask, which fast kernels do not take, on ComfyUI's own.
 
         exact: no 8-bit kernel, even where the configuration allows it. Out of memory is raised, not caught.
         """
-        while (kernel := self.kernel_for(q, k, v, exact)) is not None:
+        while mask is None and (kernel := self.kernel_for(q, k, v, exact)) is not None:
             with self._giving_up(kernel):
                 return kernel.run(q, k, v)
-        return self.stock(q, k, v)
+        return self.stock(q, k, v, mask)
 
     def kernel_for(self, q: Tensor, k: Tensor, v: Tensor, exact: bool = True) -> Kernel | None:
         """The kernel that attend() runs; None for ComfyUI's own attention."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..plan import CacheConfig
-from .prediction import combine, fitted_weights, taylor_weights
+from .prediction import Total, combine, fitted_weights, taylor_weights
 
 SIGNATURE_TOKENS = 8192  # a signature holds about this many evenly spaced tokens, which is plenty to judge a mean
 WEIGHT_LIMIT = 8.0  # a prediction with a larger weight reaches too far from its points to be trusted
@@ -70,8 +70,15 @@ class FirstBlockCache:
     it does not matter whether they come together or one after another. Chunks of one batch share a decision.
     """
 
-    def __init__(self, config: CacheConfig, start_sigma: float = float("inf"), end_sigma: float = 0.0):
+    def __init__(
+        self,
+        config: CacheConfig,
+        start_sigma: float = float("inf"),
+        end_sigma: float = 0.0,
+        total: Total = lambda value: value,
+    ):
         self.config = config
+        self.total = total
         self.start_sigma = start_sigma
         self.end_sigma = end_sigma
         self._states: dict[Hashable, _State] = {}
@@ -132,22 +139,24 @@ class FirstBlockCache:
             return None
         signatures = [point.signature for point in state.points]
         if self.config.predictor == "fit":
-            state.weights = fitted_weights(signatures, signature)
+            state.weights = fitted_weights(signatures, signature, self.total)
         else:
             state.weights = taylor_weights([point.sigma for point in state.points], sigma, len(signature))
         if self.config.accumulate:
             assert previous is not None
-            state.accumulated += relative_change(signature, previous)
+            state.accumulated += relative_change(signature, previous, self.total)
             change = state.accumulated
         else:
-            change = relative_change(signature, combine(signatures, state.weights))
+            change = relative_change(signature, combine(signatures, state.weights), self.total)
         return change if float(state.weights.abs().max()) <= WEIGHT_LIMIT else None
 
 
-def relative_change(value: Tensor, reference: Tensor) -> float:
-    """Mean absolute difference over mean absolute reference, the largest of the samples of (B, S, C).
+def relative_change(value: Tensor, reference: Tensor, total: Total = lambda value: value) -> float:
+    """Mean absolute difference over mean absolute reference, the largest of the samples of (B, S, C). total: sums over
+    the processes that have the other tokens.
 
     A reference of zeros or a value that is not finite gives infinity or NaN, neither of which is below a threshold.
     """
-    difference = (value - reference).abs().mean(dim=(1, 2), dtype=torch.float32)
-    return float((difference / reference.abs().mean(dim=(1, 2), dtype=torch.float32)).max())
+    sums = [part.abs().sum(dim=(1, 2), dtype=torch.float32) for part in (value - reference, reference)]
+    difference, whole = total(torch.stack(sums))
+    return float((difference / whole).max())

@@ -15,11 +15,12 @@ Letters: B batch, S tokens, C channels, N points.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+Total = Callable[[Tensor], Tensor]  # the sum of a tensor over all processes that share a video's tokens
 RIDGE = 0.01  # of the diagonal: keeps nearly parallel differences from cancelling each other with large weights
 
 
@@ -35,19 +36,20 @@ def taylor_weights(sigmas: Sequence[float], sigma: float, batch: int) -> Tensor:
     return torch.tensor(weights).unsqueeze(1).repeat(1, batch)
 
 
-def fitted_weights(signatures: Sequence[Tensor], signature: Tensor) -> Tensor:
+def fitted_weights(signatures: Sequence[Tensor], signature: Tensor, total: Total) -> Tensor:
     """Weights (N, B), float32 on the CPU, of old signatures (B, S, C), oldest first, that fit the new one.
 
-    Least squares over the differences between neighbours, for each sample of the batch apart.
+    Least squares over the differences between neighbours, for each sample of the batch apart; total sums over the
+    processes that have the other tokens.
     """
     newest, batch = signatures[-1], signature.shape[0]
     differences = [(later - earlier).float() for earlier, later in itertools.pairwise(signatures)]
     if not differences:
         return torch.ones(1, batch)
     target = (signature - newest).float()
-    gram = torch.stack([torch.stack([_dot(a, b) for b in differences]) for a in differences])  # (N-1, N-1, B)
-    right = torch.stack([_dot(a, target) for a in differences])  # (N-1, B)
-    gram, right = gram.permute(2, 0, 1).double().cpu(), right.T.double().cpu()
+    products = [torch.stack([_dot(a, b) for b in (*differences, target)]) for a in differences]
+    system = total(torch.stack(products)).permute(2, 0, 1).double().cpu()  # (B, N-1, N)
+    gram, right = system[:, :, :-1], system[:, :, -1]
     diagonal = torch.diagonal(gram, dim1=1, dim2=2)
     floor = 1e-9 * diagonal.sum(dim=1, keepdim=True) + 1e-30  # equal signatures (difference zero) get no weight
     gram = gram + torch.diag_embed(RIDGE * diagonal + floor)

@@ -1,6 +1,7 @@
 """What models look like, as data."""
 
 from .calls import WARM_UP_KEY, Options, call_options, named_arguments
+from .share import share
 from .stacks import BlockKey, BlockStack, find_stack
 from .text_encoders import TEXT_ENCODER_KEEPS
 
@@ -13,4 +14,5 @@ __all__ = [
     "call_options",
     "find_stack",
     "named_arguments",
+    "share",
 ]

@@ -11,16 +11,18 @@ BlockKey = tuple[str, int]  # a key of ComfyUI's patches_replace["dit"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """Attributes of a model that hold its blocks, and parts of a block that compute shifts and scales."""
+    """Attributes of a model that hold its blocks and their number of heads, and parts of a block that compute shifts
+    and scales."""
 
     double_blocks: str
     single_blocks: str
+    heads: str
     modulation: tuple[str, ...]
 
 
 _ARCHITECTURES = {
     "comfy.ldm.hunyuan_video.model.HunyuanVideo": Architecture(
-        "double_blocks", "single_blocks", modulation=("img_mod", "txt_mod", "modulation")
+        "double_blocks", "single_blocks", "num_heads", modulation=("img_mod", "txt_mod", "modulation")
     ),
 }
 
@@ -33,6 +35,7 @@ class BlockStack:
     architecture: Architecture
     double: int
     single: int
+    heads: int
 
     @property
     def keys(self) -> list[BlockKey]:
@@ -62,6 +65,7 @@ def find_stack(diffusion_model: object) -> BlockStack:
                 architecture,
                 double=len(getattr(diffusion_model, architecture.double_blocks)),
                 single=len(getattr(diffusion_model, architecture.single_blocks)),
+                heads=getattr(diffusion_model, architecture.heads),
             )
     raise ValueError(
         f"Skein does not know the blocks of {type(diffusion_model).__name__} models; "

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 
 from comfy.model_patcher import ModelPatcher
 
+from ..patchers import is_loaded
 from ..plan import FP8Config
 from ..report import show
 from .layers import OLD_GPU, SCALED, block_layers, refuse_conflicts, require_torchao, supported_mode
-from .twin import Twin, is_loaded
+from .twin import Twin
 
 logger = logging.getLogger("skein")
 TWIN_KEY = "_skein_fp8"  # on the source's model, so that the twin goes when the model goes

@@ -16,8 +16,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
+from ..models import share
+from ..patchers import clone_over, unload
 from .linear import QuantizedLinear
-from .share import share
 
 logger = logging.getLogger("skein")
 
@@ -47,14 +48,7 @@ class Twin:
 
     def patcher(self, source: ModelPatcher) -> ModelPatcher:
         """A run's patcher over the twin, with everything that other nodes have put on the source."""
-        override = self.root.get_clone_model_override()
-        patcher = source.clone(disable_dynamic=True, model_override=override)
-        patcher.parent = self.root
-        patcher.size = self.bytes
-        patcher.model_options = source.model_options
-        patcher.weight_inplace_update = False  # would write through to the source
-        patcher.hook_backup, patcher.cached_hook_patches = self.root.hook_backup, {}
-        patcher.cached_patcher_init = None  # it would load the model without FP8
+        patcher = clone_over(source, self.root)
         for key in _keys(self.modes):
             patcher.patches.pop(key, None)
         rest = [item for key, value in patcher.patches.items() for item in ((key,), *value)]
@@ -117,18 +111,6 @@ def merged_weights(source: ModelPatcher, name: str) -> tuple[Tensor, Tensor | No
 
     layer: nn.Module = source.model.get_submodule(name)
     return merged(f"{name}.weight"), None if layer.bias is None else merged(f"{name}.bias")
-
-
-def unload(patcher: ModelPatcher) -> None:
-    """Take a model off its device, with all patches off its weights."""
-    loaded = [entry for entry in memory.current_loaded_models if entry.model is not None]
-    for entry in [entry for entry in loaded if patcher.is_clone(entry.model)]:
-        memory.free_memory(1e30, entry.device, keep_loaded=[other for other in loaded if other is not entry])
-
-
-def is_loaded(model: nn.Module) -> bool:
-    """Whether ComfyUI has the model in its books."""
-    return any(entry.model is not None and entry.model.model is model for entry in memory.current_loaded_models)
 
 
 def _make_room(source: ModelPatcher, modes: dict[str, str]) -> None:

@@ -9,11 +9,16 @@ import torch
 from safetensors.torch import save_file
 
 
-def random_hunyuan_video(
-    seed: int = 0, hidden_size: int = 256, in_channels: int = 16, dtype: torch.dtype | None = None, **changes
-):
+def random_hunyuan_video(dtype: torch.dtype | None = None, **changes):
     """A ModelPatcher over a random HunyuanVideo, 2 + 2 blocks unless `changes` says otherwise. Stored in float32,
     loaded in `dtype` or what ComfyUI chooses."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_random_hunyuan_video(path, **changes)
+        return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": dtype} if dtype else {})
+
+
+def save_random_hunyuan_video(path: Path, seed: int = 0, hidden_size: int = 256, in_channels: int = 16, **changes):
     settings = dict(
         in_channels=in_channels, out_channels=16, vec_in_dim=768, context_in_dim=64, hidden_size=hidden_size,
         mlp_ratio=4.0, num_heads=hidden_size // 128, depth=2, depth_single_blocks=2, axes_dim=[16, 56, 56], theta=256,
@@ -25,7 +30,4 @@ def random_hunyuan_video(
     network = comfy.ldm.hunyuan_video.model.HunyuanVideo(
         **settings, dtype=torch.float32, device="cpu", operations=torch.nn
     )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        save_file({key: value.contiguous() for key, value in network.state_dict().items()}, str(path))
-        return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": dtype} if dtype else {})
+    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, str(path))

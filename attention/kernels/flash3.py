@@ -46,6 +46,12 @@ def _run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return first(_function()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)))
 
 
+def run_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The output as run gives it, and the log-sum-exp of the scores, (B, H, S) in float32."""
+    out = _function()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), return_attn_probs=True)
+    return out[0], out[1]
+
+
 def _run_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     (q8, q_scale), (k8, k_scale), (v8, v_scale) = quantize_heads(q, k, v)
     scales = dict(q_descale=q_scale, k_descale=k_scale, v_descale=v_scale)

@@ -1,0 +1,35 @@
+"""Attention that also returns the log-sum-exp of its scores, so that results over parts of the keys can be merged.
+
+Letters: B batch, H heads, S queries, K keys, D head dim.
+"""
+
+import torch
+from torch import Tensor
+
+from .kernels import Problem, flash3
+from .kernels.kernel import HALF_TYPES
+
+CHUNK = 1 << 26  # scores computed at a time where no kernel does it
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of (B, H, S, D) queries over (B, H, K, D) keys and values: (B, S, H, D), and (B, H, S) in float32."""
+    if flash3.FLASH3.obstacle(Problem.of(q)) is None:
+        return flash3.run_with_lse(q, k, v)
+    if q.device.type == "cuda" and q.dtype in HALF_TYPES and q.shape[3] <= 256:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+        return out.transpose(1, 2), lse
+    return _plain(q, k, v)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """In float32 and in pieces of the queries, on any device."""
+    keys, values = k.float().transpose(-1, -2), v.float()
+    piece = max(CHUNK // max(q.shape[0] * q.shape[1] * k.shape[2], 1), 1)
+    outs, sums = [], []
+    for part in q.split(piece, dim=2):
+        scores = part.float() @ keys * q.shape[-1] ** -0.5
+        lse = torch.logsumexp(scores, dim=-1)
+        sums.append(lse)
+        outs.append((scores - lse.unsqueeze(-1)).exp() @ values)
+    return torch.cat(outs, dim=2).transpose(1, 2).to(q.dtype), torch.cat(sums, dim=2)

@@ -1,0 +1,80 @@
+"""The context parallel nodes: the workers of a model, and their release."""
+
+from comfy_api.latest import io
+
+from .. import engine
+from ..parallel import release
+from ..plan import ParallelConfig
+
+DEFAULTS = ParallelConfig()
+
+
+class ContextParallelNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SkeinContextParallel",
+            display_name="Context Parallel (Skein)",
+            category="Skein",
+            description=(
+                "Samples on several GPUs at once: worker processes, one a GPU, share each video's tokens. Works with "
+                "every sampler, with previews and interrupts; connect it between the loader and the sampler."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="A HunyuanVideo model from Load Diffusion Model or Load Checkpoint."),
+                io.String.Input(
+                    "devices",
+                    default=DEFAULTS.devices,
+                    tooltip='"all" GPUs, or their numbers: "0,1". "cpu,cpu" for two processes on the CPU.',
+                ),
+                io.Int.Input(
+                    "ulysses_degree",
+                    default=DEFAULTS.ulysses_degree,
+                    min=0,
+                    max=64,
+                    tooltip="How many devices exchange heads for tokens; the fastest way over NVLink. 0: automatic.",
+                    advanced=True,
+                ),
+                io.Int.Input(
+                    "ring_degree",
+                    default=DEFAULTS.ring_degree,
+                    min=0,
+                    max=64,
+                    tooltip="How many groups of them pass keys and values on in a ring, for slow links. 0: automatic.",
+                    advanced=True,
+                ),
+                io.Boolean.Input(
+                    "keep_warm",
+                    default=DEFAULTS.keep_warm,
+                    tooltip="Keep the workers and the model in their memory for the next run.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, devices: str, ulysses_degree: int, ring_degree: int, keep_warm: bool) -> io.NodeOutput:
+        config = ParallelConfig(devices, ulysses_degree, ring_degree, keep_warm, cls.hidden.unique_id)
+        return io.NodeOutput(engine.edit(model, parallel=config))
+
+
+class ReleaseWorkersNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SkeinReleaseWorkers",
+            display_name="Release Workers (Skein)",
+            category="Skein",
+            description=(
+                "Ends the worker processes of Context Parallel when the latent arrives, so that their memory is free "
+                "for what comes after. ComfyUI's own unload does the same."
+            ),
+            inputs=[io.Latent.Input("latent", tooltip="The sampled latent; it is passed on.")],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, latent) -> io.NodeOutput:
+        release()
+        return io.NodeOutput(latent)

@@ -1,0 +1,271 @@
+"""The worker processes, seen from ComfyUI's: started by torchrun, asked one thing at a time, ended when anything is
+wrong.
+
+ComfyUI's process never joins the process group, so nothing that happens there can hang it. Every wait looks at
+ComfyUI's interrupt, at the workers' connections and at the clock.
+"""
+
+import atexit
+import collections
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Listener, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import report
+from .transport import Channel
+
+logger = logging.getLogger("skein")
+
+HERE = Path(__file__).resolve().parent
+START_SECONDS = 300.0
+LOOK_SECONDS = 0.05  # how often a wait looks at the interrupt
+TELL_SECONDS = 0.5  # how long after a failure others may still tell of theirs, which may be the cause
+NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # ComfyUI may have put cudaMallocAsync there
+
+
+class GroupError(RuntimeError):
+    """A worker failed; the message says which and how. The group has ended."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What makes a group: another setting is another group. options: of ComfyUI's command line."""
+
+    comfyui: str
+    devices: tuple[str, ...]
+    ulysses: int
+    options: str  # JSON
+
+    def threads(self) -> int:
+        return max((os.cpu_count() or 1) // len(self.devices), 1)
+
+
+class Group:
+    """Running workers. Not for several threads at once."""
+
+    def __init__(self, setting: Setting, check_interrupt: Callable[[], None]):
+        """Start the workers and wait until all are ready. Raises GroupError, and what check_interrupt raises."""
+        self.setting = setting
+        self.closed = False
+        self.model: Any = None  # what the workers have loaded, and the patches on it: for the caller to note
+        self.patches: Any = None
+        self.holder: Any = None  # whose model it is
+        self._check_interrupt = check_interrupt
+        self._channels: dict[int, Channel] = {}
+        self._waiting = ""  # the kind of the message whose answer has not come yet
+        self._log: collections.deque[str] = collections.deque(maxlen=200)
+        key = os.urandom(32)
+        self._listener = Listener(("127.0.0.1", 0), backlog=64, authkey=key)
+        self._process = self._launch(key)
+        atexit.register(self.close)
+        threading.Thread(target=self._read_log, daemon=True).start()
+        threading.Thread(target=self._accept, daemon=True).start()
+        try:
+            self._await_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def world(self) -> int:
+        return len(self.setting.devices)
+
+    def ask(self, kind: str, value: dict, seconds: float) -> Any:
+        """Have all workers do something; rank 0's answer, its tensors as views of shared memory.
+
+        Raises GroupError if one of them fails or takes longer, torch.OutOfMemoryError if one has no memory left, and
+        what check_interrupt raises: the workers then finish what they are at, and the next question waits for that.
+        """
+        if self._waiting:
+            logger.info("Skein workers: waiting for the step that was interrupted")
+            self._answer(seconds)
+        try:
+            self._channels[0].send(kind, value)
+        except OSError:
+            self._fail(0, "its connection broke")
+        self._waiting = kind
+        return self._answer(seconds)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the workers are still at something that nobody waits for."""
+        return bool(self._waiting)
+
+    def close(self) -> None:
+        """End all workers, now."""
+        self.closed = True
+        atexit.unregister(self.close)
+        with suppress(OSError):
+            self._process.stdin.close()  # type: ignore[union-attr]
+        with suppress(OSError):
+            self._listener.close()
+        for channel in self._channels.values():
+            with suppress(OSError):
+                channel.connection.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _launch(self, key: bytes) -> subprocess.Popen:
+        setting = self.setting
+        told = {
+            "comfyui": setting.comfyui,
+            "devices": setting.devices,
+            "threads": setting.threads(),
+            "ulysses": setting.ulysses,
+            "options": json.loads(setting.options),
+            "address": self._listener.address,
+            "key": key.hex(),
+        }
+        environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+        for name in ALLOCATOR:
+            if "cudaMallocAsync" in environment.get(name, ""):
+                del environment[name]
+        environment.setdefault("OMP_NUM_THREADS", str(setting.threads()))
+        environment["SKEIN_WORKER"] = json.dumps(told)
+        command = [
+            sys.executable, str(HERE / "launch.py"), "--standalone", "--local-addr=127.0.0.1",
+            f"--nproc-per-node={self.world}", "--max-restarts=0", str(HERE / "bootstrap.py"),
+        ]  # fmt: skip
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True, cwd=setting.comfyui,
+        )  # fmt: skip
+
+    def _read_log(self) -> None:
+        for line in self._process.stdout:  # type: ignore[union-attr]
+            text = line.decode(errors="replace").rstrip()
+            self._log.append(text)
+            logger.log(logging.INFO if text.startswith("[0] Skein") else logging.DEBUG, "%s", text)
+
+    def _accept(self) -> None:
+        from multiprocessing import AuthenticationError
+
+        while not self.closed:
+            try:
+                channel = Channel(self._listener.accept())
+                _, hello = channel.receive()
+                self._channels[hello["rank"]] = channel
+            except (AuthenticationError, EOFError, ConnectionError):
+                continue  # somebody else
+            except OSError:
+                return  # closed
+
+    def _await_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        ready: set[int] = set()
+        while len(ready) < self.world:
+            kind, _, rank = self._next_message(deadline, "starting")
+            if kind == "ready":
+                ready.add(rank)
+
+    def _answer(self, seconds: float) -> Any:
+        deadline, kind = time.monotonic() + seconds, ""
+        while kind != "done":
+            kind, value, _ = self._next_message(deadline, self._waiting)
+            if kind in ("run", "show"):
+                report.receive(kind, value)
+        self._waiting = ""
+        return value
+
+    def _next_message(self, deadline: float, doing: str) -> tuple[str, Any, int]:
+        """The next message of a worker that is not of a failure, and its rank."""
+        while True:
+            self._check_interrupt()
+            ranks = {channel.connection: rank for rank, channel in list(self._channels.items())}
+            if not ranks:
+                time.sleep(LOOK_SECONDS)
+            for connection in wait(list(ranks), LOOK_SECONDS) if ranks else []:
+                rank = ranks[connection]  # type: ignore[index]
+                message = self._read(rank)
+                if message[0] in ("gone", "error", "memory"):
+                    self._fail(rank, *message)
+                return *message, rank
+            if self._process.poll() is not None:
+                self._fail(None, "gone", None)
+            if time.monotonic() > deadline:
+                self._fail(None, "error", {"text": f"no answer in time ({doing or 'starting'})"})
+
+    def _read(self, rank: int) -> tuple[str, Any]:
+        try:
+            return self._channels[rank].receive()
+        except (EOFError, OSError):
+            return "gone", None
+
+    def _fail(self, rank: int | None, kind: str, value: Any = None) -> None:
+        """Wait a moment for a better explanation, end all workers, and raise.
+
+        When one dies, the others fail for lack of it. So one that has gone without a word comes first, then what was
+        told first.
+        """
+        failures = [(rank, kind, value)]
+        deadline = time.monotonic() + TELL_SECONDS
+        told = {rank}
+        while (left := deadline - time.monotonic()) > 0 and kind != "gone":
+            ranks = {channel.connection: r for r, channel in self._channels.items() if r not in told}
+            for connection in wait(list(ranks), left) if ranks else []:
+                other = ranks[connection]  # type: ignore[index]
+                told.add(other)
+                failures.append((other, *self._read(other)))
+            if not ranks:
+                break
+        self.close()
+        logger.error("Skein workers: the end of their log:\n%s", "\n".join(self._log))
+        rank, kind, value = next((failure for failure in failures if failure[1] == "gone"), failures[0])
+        who = "The workers" if rank is None else f"Worker {rank} ({self.setting.devices[rank]})"
+        if kind == "memory":
+            raise torch.OutOfMemoryError(f"{who} ran out of memory: {value['text']}")
+        said = "ended without a word (killed, or out of host memory?)" if kind == "gone" else f"failed: {value['text']}"
+        raise GroupError(f"{who} {said}. The next prompt starts new workers; the log has more.")
+
+
+_group: Group | None = None  # one at a time: it may fill every GPU
+
+
+def group_for(setting: Setting, check_interrupt: Callable[[], None]) -> Group:
+    """Running workers of this setting: those there are, or new ones in the place of any others."""
+    global _group
+    if _group is not None and (_group.closed or _group.setting != setting):
+        release()
+    if _group is None:
+        _group = Group(setting, check_interrupt)
+    return _group
+
+
+def release(holder: object = None) -> bool:
+    """End the workers, if there are any and they have the holder's model (None: anybody's); whether it was so."""
+    global _group
+    if _group is None or (holder is not None and _group.holder is not holder):
+        return False
+    group, _group = _group, None
+    group.close()
+    return True
+
+
+def visible_devices(names: Sequence[str]) -> tuple[str, ...]:
+    """The devices that a plan names, "all" written out. Raises ValueError on one that is not there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if list(names) == ["all"]:
+        if not count:
+            raise ValueError('Context Parallel found no GPU; name "cpu,cpu" as devices to try it on the CPU.')
+        return tuple(str(i) for i in range(count))
+    missing = [name for name in names if name != "cpu" and int(name) >= count]
+    if missing:
+        there = f"0 to {count - 1}" if count > 1 else "0 only" if count else "none"
+        raise ValueError(f"Context Parallel: there is no GPU {', '.join(missing)} here ({there}).")
+    return tuple(names)

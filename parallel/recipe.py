@@ -1,0 +1,90 @@
+"""How a worker comes to the same model: the loader's recipe, and the patches that nodes have put on the weights.
+
+Weights never travel. ComfyUI's loaders note on a ModelPatcher how to load it again; a worker does just that.
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+import comfy.weight_adapter
+
+from .protocol import NotPlain, pack
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+Patches = dict[str, list[tuple]]
+MODULE = "comfy.sd"  # the only one whose loaders a worker calls
+
+
+def recipe_of(patcher: "ModelPatcher") -> dict[str, Any]:
+    """How to load the model again, as plain data. Raises ValueError if its loader left no recipe that can travel."""
+    recipe = patcher.cached_patcher_init
+    if recipe is None or recipe[0].__module__ != MODULE:
+        raise ValueError(
+            "Context Parallel loads the model again in each worker, and this model's loader left no recipe for that; "
+            "load it with Load Diffusion Model or Load Checkpoint (not GGUF, not a merged model)."
+        )
+    try:
+        pack(recipe[1], [])
+    except NotPlain as error:
+        raise ValueError(f"Context Parallel cannot load this model again: {error}.") from error
+    files = [argument for argument in recipe[1] if isinstance(argument, str) and os.path.exists(argument)]
+    return {
+        "loader": recipe[0].__name__,
+        "arguments": list(recipe[1]),
+        "index": recipe[2] if len(recipe) > 2 else None,
+        "versions": [
+            [os.stat(file).st_mtime_ns, os.stat(file).st_size] for file in files
+        ],  # another file, another model
+    }
+
+
+def load(recipe: dict[str, Any]) -> "ModelPatcher":
+    """The model of a recipe, by ComfyUI's loader."""
+    loaded = getattr(importlib.import_module(MODULE), recipe["loader"])(*recipe["arguments"])
+    return loaded if recipe["index"] is None else loaded[recipe["index"]]
+
+
+def export_patches(patcher: "ModelPatcher") -> Patches:
+    """The patches on the weights as plain data and tensors. Raises ValueError on one that is code."""
+    exported: Patches = {}
+    for key, patches in patcher.patches.items():
+        for strength, value, strength_model, offset, function in patches:
+            if function is not None:
+                raise ValueError(f"Context Parallel cannot take a patch of {key} to the workers: it is a function.")
+            exported.setdefault(key, []).append((strength, _export(value), strength_model, offset, None))
+    try:
+        pack(exported, [])
+    except NotPlain as error:
+        raise ValueError(f"Context Parallel cannot take a patch to the workers: {error}.") from error
+    return exported
+
+
+def import_patches(patches: Patches) -> Patches:
+    """What export_patches() was given, in a worker; the tensors are copies."""
+    return {
+        key: [(strength, _import(value), *rest) for strength, value, *rest in several]
+        for key, several in patches.items()
+    }
+
+
+def _export(value: Any) -> Any:
+    if not isinstance(value, comfy.weight_adapter.WeightAdapterBase):
+        return value
+    return {"adapter": type(value).__name__, "keys": sorted(value.loaded_keys), "weights": value.weights}
+
+
+def _import(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return _copied(value)
+    adapters = {adapter.__name__: adapter for adapter in comfy.weight_adapter.adapters}
+    return adapters[value["adapter"]](set(value["keys"]), _copied(value["weights"]))
+
+
+def _copied(value: Any) -> Any:
+    """The tensors of a message lie in memory that the next message overwrites."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item) for item in value)
+    return value.clone() if hasattr(value, "clone") else value

@@ -1,0 +1,243 @@
+"""A model in the workers, seen from ComfyUI's process: a proxy takes its place, and its calls go out.
+
+The proxy is a second model without weights (its tensors are on the meta device): ComfyUI's sampling code finds
+everything that it asks of a model, loads nothing and moves nothing. When ComfyUI unloads it, the workers end.
+"""
+
+import inspect
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import comfy
+import comfy.cli_args
+import comfy.model_management as memory
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key
+from torch import Tensor, nn
+
+from ..models import call_options, find_stack, share
+from ..patchers import clone_over, unload
+from ..plan import PLAN_KEY, Plan
+from ..report import show
+from .group import Group, Setting, group_for, release, visible_devices
+from .protocol import OPTIONS, NotPlain, pack
+from .recipe import export_patches, recipe_of
+
+logger = logging.getLogger("skein")
+
+LOAD_SECONDS, BEGIN_SECONDS, CALL_SECONDS = 3600.0, 3600.0, 3600.0  # begin quantizes, a call may compile
+HOLDS = 0.6  # the share of a GPU's memory up to which a model is loaded straight into it
+OVERRIDE = "optimized_attention_override"
+COMPILE_KEY = "torch.compile"  # wrapper key of ComfyUI's own compilation
+LOCAL_OPTIONS = ("wrappers", "callbacks", "patches", "patches_replace", OVERRIDE, "context_window")
+PROXY_KEY = "_skein_proxy"  # on the source's model, so that the proxy goes when the model goes
+CODE = "Context Parallel cannot take {} to the workers; remove the node that made it, or Context Parallel."
+
+
+@contextmanager
+def delegated(plan: Plan, guider) -> Iterator[None]:
+    """Within: the guider's model runs in the workers. Raises ValueError on what cannot go there."""
+    source, config = guider.model_patcher, plan.parallel
+    assert config is not None
+    _refuse_code(source, guider.model_options["transformer_options"])
+    recipe, setting = recipe_of(source), _setting(plan, source)
+    proxy = _proxy_of(source)
+    guider.model_patcher = proxy.patcher(source)
+    try:
+        group = _ready(setting, recipe, proxy, source, plan)
+        _begin(group, source, plan)
+        wrapper = _Caller(group)
+        options = guider.model_options["transformer_options"]
+        add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, wrapper, options)
+        yield
+        group.ask("end", {}, CALL_SECONDS)
+        show(config.node_id, wrapper.summary())
+    finally:
+        guider.model_patcher = source
+        if not config.keep_warm:
+            release()
+
+
+def _ready(setting: Setting, recipe: dict, proxy: "Proxy", source: ModelPatcher, plan: Plan) -> Group:
+    """Workers with the model loaded."""
+    started = time.perf_counter()
+    group = group_for(setting, memory.throw_exception_if_processing_interrupted)
+    if group.model != recipe:
+        assert plan.parallel is not None
+        show(plan.parallel.node_id, f"loading the model in {group.world} workers")
+        loaded = [entry for entry in memory.current_loaded_models if entry.model is not None]
+        proxies = [entry for entry in loaded if PROXY_KEY in vars(entry.model.model)]  # their unloading ends workers
+        memory.free_memory(1e30, source.load_device, keep_loaded=proxies)
+        group.model = group.patches = None
+        group.ask("load", {"recipe": recipe}, LOAD_SECONDS)
+        group.model = recipe
+        seconds = time.perf_counter() - started
+        logger.info("Skein workers: %d ready in %.1f s (%s)", group.world, seconds, ", ".join(setting.devices))
+    group.holder = proxy
+    return group
+
+
+def _begin(group: Group, source: ModelPatcher, plan: Plan) -> None:
+    """Tell the workers of the plan, and of the patches if they have changed."""
+    changed = group.patches != source.patches_uuid
+    patches = export_patches(source) if changed else None
+    group.patches = None
+    group.ask("begin", {"plan": asdict(plan), "patches": patches}, BEGIN_SECONDS)
+    group.patches = source.patches_uuid
+
+
+class _Caller:
+    """DIFFUSION_MODEL wrapper: the workers run the call."""
+
+    def __init__(self, group: Group):
+        self.group = group
+        self.calls = 0
+        self.seconds = 0.0
+
+    def __call__(self, execute: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        started = time.perf_counter()
+        names = inspect.signature(type(execute.class_obj)._forward).parameters  # type: ignore[attr-defined]
+        given = dict(zip(list(names)[1:], args)) | kwargs
+        if given.get("control") is not None:
+            raise ValueError(CODE.format("a ControlNet"))
+        options = call_options(args, kwargs)
+        message = {
+            "args": [OPTIONS if value is options else value for value in args],
+            "kwargs": {name: OPTIONS if value is options else value for name, value in kwargs.items()},
+            "options": _plain(options),
+        }
+        try:
+            out = self.group.ask("call", message, CALL_SECONDS)
+        except NotPlain as error:
+            raise ValueError(CODE.format(f"an argument of the model ({error})")) from error
+        sample = next(value for value in args if isinstance(value, Tensor))
+        out = out.to(sample.device, copy=True)
+        self.calls += 1
+        self.seconds += time.perf_counter() - started
+        return out
+
+    def summary(self) -> str:
+        each = self.seconds / max(self.calls, 1)
+        return f"{self.calls} calls on {', '.join(self.group.setting.devices)}: {each:.2f} s each"
+
+
+def _plain(options: dict) -> dict:
+    """What of a call's transformer_options is plain data; code in them has been refused before."""
+    _refuse_options(options)
+    plain = {}
+    for name, value in options.items():
+        if name in LOCAL_OPTIONS:
+            continue
+        try:
+            pack(value, [])
+        except NotPlain as error:
+            logger.debug("Skein workers: %s stays behind (%s)", name, error)
+            continue
+        plain[name] = value
+    window = getattr(options.get("context_window"), "index_list", None)
+    if window is not None:
+        plain["context_window"] = list(window)
+    return plain
+
+
+class Proxy:
+    """A second model without weights in the place of one that is in the workers. Holds ComfyUI's books about it."""
+
+    def __init__(self, source: ModelPatcher):
+        unload(source)
+        self.model = share(source.model)
+        _empty(self.model.diffusion_model)
+        vars(self.model)[PROXY_KEY] = self
+        vars(self.model)["memory_required"] = lambda *args, **kwargs: 0
+        self.root = ModelPatcher(self.model, source.load_device, source.offload_device, size=1)
+        self._watch(self.root)
+
+    def patcher(self, source: ModelPatcher) -> ModelPatcher:
+        """A run's patcher over the proxy, with everything of the source's but what the workers do."""
+        patcher = clone_over(source, self.root)
+        patcher.patches, patcher.patches_uuid = {}, self.root.patches_uuid
+        self._watch(patcher)
+        return patcher
+
+    def _watch(self, patcher: ModelPatcher) -> None:
+        patcher.add_callback_with_key(CallbacksMP.ON_DETACH, PLAN_KEY, self._detached)
+
+    def _detached(self, _patcher: ModelPatcher, unpatch_all: bool) -> None:
+        """ComfyUI has unloaded the model: for memory, or because somebody asked for it."""
+        if unpatch_all:
+            release(holder=self)
+
+
+def _proxy_of(source: ModelPatcher) -> Proxy:
+    kept = vars(source.model)
+    if PROXY_KEY not in kept:
+        kept[PROXY_KEY] = Proxy(source)
+    return kept[PROXY_KEY]
+
+
+def _empty(network: Any) -> None:
+    """Tensors without memory in the place of all parameters and buffers, which no move touches."""
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(_on_meta(parameter), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else _on_meta(buffer)
+        vars(module)["_apply"] = lambda function, recurse=True, module=module: module
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _setting(plan: Plan, source: ModelPatcher) -> Setting:
+    """Which workers this plan wants."""
+    assert plan.parallel is not None
+    devices, heads = visible_devices(plan.parallel.device_names), find_stack(source.model.diffusion_model).heads
+    if "cpu" not in devices and not torch.distributed.is_nccl_available():
+        raise ValueError("Context Parallel needs NCCL, which PyTorch has on Linux; remove the node on this machine.")
+    ulysses, _ = plan.parallel.degrees(len(devices), heads)
+    options = {name: value for name, value in vars(comfy.cli_args.args).items() if _is_json(value)}
+    options["fast"] = sorted(feature.value for feature in getattr(comfy.cli_args.args, "fast", None) or ())
+    if "cpu" in devices:
+        options["cpu"] = True
+    else:
+        smallest = min(torch.cuda.get_device_properties(int(device)).total_memory for device in devices)
+        options["highvram"] = options["highvram"] or memory.module_size(source.model) < HOLDS * smallest
+    folder = str(Path(next(iter(comfy.__path__))).parent)
+    return Setting(folder, devices, ulysses, json.dumps(options, sort_keys=True))
+
+
+def _is_json(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _refuse_code(source: ModelPatcher, options: dict) -> None:
+    """Raises ValueError if there is something on the model that only exists in this process."""
+    replaced = [name for name in source.object_patches if name.startswith("diffusion_model")]
+    if replaced:
+        raise ValueError(CODE.format(f"a replaced part of the model ({replaced[0]})"))
+    if source.weight_wrapper_patches or source.injections or source.hook_patches:
+        raise ValueError(CODE.format("hooks or injected layers"))
+    if options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(COMPILE_KEY):
+        raise ValueError(
+            "TorchCompileModel cannot work with Context Parallel; use Skein's Compile Blocks in its place."
+        )
+    _refuse_options(options)
+
+
+def _refuse_options(options: dict) -> None:
+    patches = [name for name, value in options.get("patches", {}).items() if value]
+    replaced = options.get("patches_replace", {})
+    patches += [f"{name} of block {next(iter(blocks))}" for name, blocks in replaced.items() if blocks]
+    if patches:
+        raise ValueError(CODE.format(f"a patch inside of the model ({patches[0]})"))
+    if options.get(OVERRIDE) is not None:
+        raise ValueError(CODE.format("another attention function"))

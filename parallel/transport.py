@@ -1,0 +1,91 @@
+"""A channel between two processes of one machine: messages over an authenticated connection, tensors in shared memory.
+
+The memory is a file that both map and that has no name any more once both have it: nothing is left behind, however they
+end. It lies in /dev/shm if that has room (Docker gives it 64 MB), and else among the temporary files, where the
+operating system keeps it in memory just as well.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .protocol import decode, encode, layout, pack, size_of, write
+
+SMALLEST = 1 << 24  # bytes of shared memory to start with
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class Channel:
+    """One end. Either side may send; the first to need more memory makes it for both."""
+
+    def __init__(self, connection: Connection):
+        self.connection = connection
+        self._blob = torch.empty(0, dtype=torch.uint8)
+
+    def send(self, kind: str, value: Any = None) -> None:
+        """Send a message; its tensors may be on any device. Raises NotPlain, OSError if the other side is gone."""
+        tensors: list[Tensor] = []
+        data = pack(value, tensors)
+        specs, size = layout(tensors)
+        self._require(size)
+        write(self._blob, tensors, specs)
+        self.connection.send_bytes(encode(kind, data, specs, size))
+
+    def receive(self) -> tuple[str, Any]:
+        """The next message, its tensors as views of the shared memory: copy what outlives the answer. Raises
+        EOFError."""
+        return decode(*self.receive_raw())
+
+    def receive_raw(self) -> tuple[bytes, Tensor]:
+        """The next message as it came, and the bytes of its tensors."""
+        message = self.connection.recv_bytes()
+        if json.loads(message)["kind"] == "memory":
+            _, memory = decode(message, self._blob)
+            self._map(memory["path"], memory["size"])
+            self.connection.send_bytes(encode("mapped", None))
+            return self.receive_raw()
+        return message, self._blob[: size_of(message)]
+
+    def _require(self, size: int) -> None:
+        """Shared memory of at least so many bytes, mapped by both sides."""
+        if size <= self._blob.numel():
+            return
+        size = max(SMALLEST, 2 * size)
+        path = shared_file(size)
+        try:
+            self._map(str(path), size)
+            data = pack({"path": str(path), "size": size}, [])
+            self.connection.send_bytes(encode("memory", data))
+            self.connection.recv_bytes()  # mapped
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _map(self, path: str, size: int) -> None:
+        self._blob = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+
+
+def shared_file(size: int) -> Path:
+    """A file of so many bytes, readable by this user only, with its memory set aside."""
+    roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2 * size
+    for folder in [SHARED_MEMORY, None] if roomy else [None]:
+        handle, name = tempfile.mkstemp(prefix="skein-", dir=folder)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle, 0, size)  # now, or writing to it could kill the process later
+            else:
+                os.truncate(handle, size)
+            return Path(name)
+        except OSError:
+            os.unlink(name)
+            if folder is None:
+                raise
+        finally:
+            os.close(handle)
+    raise AssertionError("not reached")

@@ -1,0 +1,32 @@
+"""ModelPatchers over a second model: a run's own patcher, ComfyUI's books about what is loaded."""
+
+import comfy.model_management as memory
+from comfy.model_patcher import ModelPatcher
+from torch import nn
+
+
+def clone_over(source: ModelPatcher, root: ModelPatcher) -> ModelPatcher:
+    """A clone of `source` over the model of `root`, with everything that other nodes have put on the source.
+
+    ComfyUI falls back on the root when the clone is gone: it is held by whoever holds the second model.
+    """
+    patcher = source.clone(disable_dynamic=True, model_override=root.get_clone_model_override())
+    patcher.parent = root
+    patcher.size = root.model_size()
+    patcher.model_options = source.model_options
+    patcher.weight_inplace_update = False  # would write through to the source
+    patcher.hook_backup, patcher.cached_hook_patches = root.hook_backup, {}
+    patcher.cached_patcher_init = None  # it would load the source's model
+    return patcher
+
+
+def unload(patcher: ModelPatcher) -> None:
+    """Take a model off its device, with all patches off its weights."""
+    loaded = [entry for entry in memory.current_loaded_models if entry.model is not None]
+    for entry in [entry for entry in loaded if patcher.is_clone(entry.model)]:
+        memory.free_memory(1e30, entry.device, keep_loaded=[other for other in loaded if other is not entry])
+
+
+def is_loaded(model: nn.Module) -> bool:
+    """Whether ComfyUI has the model in its books."""
+    return any(entry.model is not None and entry.model.model is model for entry in memory.current_loaded_models)

@@ -1,0 +1,114 @@
+"""Several worker processes give what one process gives, on the CPU: real workers, real messages, gloo.
+
+Ordered by group, because starting one takes seconds; within a group another checkpoint is loaded in place.
+"""
+
+import pytest
+import torch
+from checkpoints import SMALL, random_model, text, with_lora
+from loras import relative_error
+from skein import engine
+from skein.demo.sampling import sample
+from skein.parallel import release
+from skein.plan import AttentionConfig, CacheConfig, ParallelConfig
+from skein.report import recent_runs
+
+TOLERANCE = 2e-6
+GROUPS = {  # processes, ulysses degree, heads that so many can share
+    "1": (1, 0, (2,)),
+    "2": (2, 0, (2, 3, 6)),
+    "ring of 2": (2, 1, (2,)),
+    "3": (3, 0, (3, 4)),
+    "ring of 3": (3, 1, (2,)),
+    "4": (4, 0, (4, 6)),
+    "2 x 2": (4, 2, (2, 3)),
+}
+CASES = {
+    **{f"text of {n}": dict(positive=text(n)) for n in (1, 7, 255, 256, 257)},
+    "one frame": dict(positive=text(7), shape=(1, 16, 1, 8, 6)),
+    "nine latent frames": dict(positive=text(7), shape=(1, 16, 9, 4, 6)),
+    "five tokens": dict(positive=text(7), shape=(1, 16, 1, 2, 10)),
+    "guidance and a batch": dict(
+        positive=text(7), negative=text(5, seed=4), cfg=3.0, latent=torch.zeros(2, 16, 3, 8, 6)
+    ),
+    "token replacement": dict(positive=text(7, guiding_frame_index=0)),
+    "a reference": dict(positive=text(7, ref_latent=torch.ones(1, 16, 1, 8, 6))),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_workers_left():
+    yield
+    release()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    with torch.inference_mode():
+        folder = tmp_path_factory.mktemp("checkpoints")
+        made = {}
+        return lambda heads, **changes: made.setdefault(
+            (heads, *changes.items()), random_model(folder, heads, **changes)
+        )
+
+
+@pytest.fixture(scope="module", params=list(GROUPS))
+def group(request):
+    """(What puts the plan on a model, heads)."""
+    count, ulysses, heads = GROUPS[request.param]
+    config = ParallelConfig(",".join(["cpu"] * count), ulysses_degree=ulysses)
+    return lambda model, **plan: engine.edit(model, parallel=config, **plan), heads
+
+
+def both(parallel, model, arguments, **plan):
+    """The result in one process and in the workers."""
+    arguments = {"positive": text(7), **SMALL, **arguments}
+    return sample(engine.edit(model, **plan), **arguments), sample(parallel(model, **plan), **arguments)
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_the_workers_compute_what_one_process_computes(group, models, case):
+    parallel, heads = group
+    for count in heads if case == "text of 7" else heads[:1]:
+        one, many = both(parallel, models(count), CASES[case])
+        assert relative_error(many, one) < TOLERANCE, count
+
+
+def test_lora(group, models):
+    """Strengths change between runs, and no LoRA is left when there is none."""
+    parallel, heads = group
+    model, results = models(heads[0]), []
+    for strength in (1.0, -0.5, None, 1.0):
+        patched = with_lora(model, strength) if strength else model
+        one, many = both(parallel, patched, {})
+        assert relative_error(many, one) < TOLERANCE
+        results.append(many)
+    assert torch.equal(results[0], results[3]) and relative_error(results[0], results[2]) > 1e-3
+
+
+def test_the_cache_decides_as_in_one_process(group, models):
+    parallel, heads = group
+    model, arguments = models(heads[0]), dict(steps=12, shape=(1, 16, 3, 12, 10))
+    plan = dict(cache=CacheConfig(threshold=0.4, start_percent=0.1))
+    runs = []
+    for build in (lambda: engine.edit(model, **plan), lambda: parallel(model, **plan)):
+        runs.append((sample(build(), text(7), **arguments), recent_runs()[-1]))
+    (one, alone), (many, shared) = runs
+    assert shared is not alone and [call.reused for call in shared.calls] == [call.reused for call in alone.calls]
+    assert 0 < shared.reused < 12 and relative_error(many, one) < 1e-4
+
+
+def test_padded_text_and_a_mask_with_holes(group, models):
+    parallel, heads = group
+    model, mask = models(heads[0]), torch.ones(1, 9)
+    mask[0, 5:] = 0
+    one, many = both(parallel, model, dict(positive=text(9, attention_mask=mask.clone())), attention=AttentionConfig())
+    assert relative_error(many, one) < TOLERANCE
+    mask[0, 8] = 1
+    holes = dict(positive=text(9, attention_mask=mask))
+    if parallel(model).get_attachment("skein").parallel.ulysses_degree in (1, 2):
+        with pytest.raises(RuntimeError, match="set ring_degree to 1"):
+            both(parallel, model, holes)
+    else:
+        one, many = both(parallel, model, holes)
+        assert relative_error(many, one) < TOLERANCE
