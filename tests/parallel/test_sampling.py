@@ -100,7 +100,7 @@ def test_the_cache_decides_as_in_one_process(group, models):
 
 def test_padded_text_and_a_mask_with_holes(group, models):
     parallel, heads = group
-    model, mask = models(heads[0]), torch.ones(1, 9)
+    model, mask = models(heads[0]), torch.ones(1, 9, dtype=torch.long)
     mask[0, 5:] = 0
     one, many = both(parallel, model, dict(positive=text(9, attention_mask=mask.clone())), attention=AttentionConfig())
     assert relative_error(many, one) < TOLERANCE
