@@ -63,6 +63,7 @@ class Group:
         self.model: Any = None  # what the workers have loaded, and the patches on it: for the caller to note
         self.patches: Any = None
         self.holder: Any = None  # whose model it is
+        self.pids: dict[int, int] = {}  # of the workers on this machine, by rank
         self._check_interrupt = check_interrupt
         self._channels: dict[int, Channel] = {}
         self._waiting = ""  # the kind of the message whose answer has not come yet
@@ -100,9 +101,13 @@ class Group:
         return self._answer(seconds)
 
     @property
-    def busy(self) -> bool:
-        """Whether the workers are still at something that nobody waits for."""
-        return bool(self._waiting)
+    def alive(self) -> bool:
+        """Whether all workers are there, as far as is known without asking them."""
+        if self.closed or self._process.poll() is not None:
+            return False
+        if self._waiting:
+            return True  # what they have to say is for the next question
+        return not wait([channel.connection for channel in self._channels.values()], 0)  # nobody asked: they are gone
 
     def close(self) -> None:
         """End all workers, now."""
@@ -170,9 +175,10 @@ class Group:
         deadline = time.monotonic() + START_SECONDS
         ready: set[int] = set()
         while len(ready) < self.world:
-            kind, _, rank = self._next_message(deadline, "starting")
+            kind, value, rank = self._next_message(deadline, "starting")
             if kind == "ready":
                 ready.add(rank)
+                self.pids[rank] = value["pid"]
 
     def _answer(self, seconds: float) -> Any:
         deadline, kind = time.monotonic() + seconds, ""
@@ -193,7 +199,7 @@ class Group:
             for connection in wait(list(ranks), LOOK_SECONDS) if ranks else []:
                 rank = ranks[connection]  # type: ignore[index]
                 message = self._read(rank)
-                if message[0] in ("gone", "error", "memory"):
+                if message[0] in ("gone", "error", "full"):
                     self._fail(rank, *message)
                 return *message, rank
             if self._process.poll() is not None:
@@ -228,7 +234,7 @@ class Group:
         logger.error("Skein workers: the end of their log:\n%s", "\n".join(self._log))
         rank, kind, value = next((failure for failure in failures if failure[1] == "gone"), failures[0])
         who = "The workers" if rank is None else f"Worker {rank} ({self.setting.devices[rank]})"
-        if kind == "memory":
+        if kind == "full":
             raise torch.OutOfMemoryError(f"{who} ran out of memory: {value['text']}")
         said = "ended without a word (killed, or out of host memory?)" if kind == "gone" else f"failed: {value['text']}"
         raise GroupError(f"{who} {said}. The next prompt starts new workers; the log has more.")
@@ -240,7 +246,9 @@ _group: Group | None = None  # one at a time: it may fill every GPU
 def group_for(setting: Setting, check_interrupt: Callable[[], None]) -> Group:
     """Running workers of this setting: those there are, or new ones in the place of any others."""
     global _group
-    if _group is not None and (_group.closed or _group.setting != setting):
+    if _group is not None and not _group.alive:
+        logger.warning("Skein workers: they have ended since the last run; starting new ones.")
+    if _group is not None and not (_group.alive and _group.setting == setting):
         release()
     if _group is None:
         _group = Group(setting, check_interrupt)

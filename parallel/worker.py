@@ -120,7 +120,7 @@ def serve(settings: dict) -> None:
         worker = Worker(mesh)
         first = mesh.rank == 0
         report.deliver_to(channel.send if first and channel else lambda kind, data: None)
-        tell(channel, "ready", {"device": str(device)})
+        tell(channel, "ready", {"pid": os.getpid()})
         while True:
             kind, value = decode(*hand_out(channel, mesh, mail))
             assert kind in KINDS
@@ -171,7 +171,7 @@ def ended_by_failure(channel: Channel | None):
     except BaseException as error:
         traceback.print_exc(file=sys.stdout)
         sys.stdout.flush()
-        kind = "memory" if isinstance(error, memory.OOM_EXCEPTION) else "error"
+        kind = "full" if isinstance(error, memory.OOM_EXCEPTION) else "error"
         told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError, EOFError):
             tell(channel, kind, {"text": told})

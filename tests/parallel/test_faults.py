@@ -1,0 +1,195 @@
+"""Workers that are killed, fail or are interrupted: one clear message, and the next run is right. On the CPU.
+
+SKEIN_ROUNDS repeats each fault (the default is once; `make faults` takes ten).
+"""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import comfy.model_management as memory
+import pytest
+import torch
+from checkpoints import SMALL, random_model, text
+from loras import relative_error
+from skein import engine
+from skein.demo.sampling import sample
+from skein.parallel import GroupError, group, release
+from skein.plan import ParallelConfig
+
+ROUNDS = range(int(os.environ.get("SKEIN_ROUNDS", "1")))
+TWO = ParallelConfig("cpu,cpu")
+BROKEN = Path(__file__).parent / "broken_worker"
+SLOW = dict(positive=text(7), shape=(1, 16, 9, 48, 48), steps=3)  # seconds a step
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    with torch.inference_mode():
+        return random_model(tmp_path_factory.mktemp("checkpoints"), 2)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    with torch.inference_mode():
+        return sample(model, text(7), **SMALL)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left():
+    """After each test no worker is left."""
+    yield
+    pids = list(group._group.pids.values()) if group._group else []
+    release()
+    assert gone(pids), pids
+
+
+def gone(pids, seconds=5.0):
+    """Whether all processes have ended within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def run(model, **arguments):
+    return sample(engine.edit(model, parallel=TWO), **{"positive": text(7), **SMALL, **arguments})
+
+
+def later(seconds, action):
+    thread = threading.Timer(seconds, action)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("_round", ROUNDS)
+def test_a_rank_killed_in_the_middle_of_a_step(model, expected, rank, _round):
+    run(model)
+    pids, killed = dict(group._group.pids), []
+
+    def kill():
+        os.kill(pids[rank], signal.SIGKILL)
+        killed.append(time.monotonic())
+
+    later(1.0, kill)
+    with pytest.raises(GroupError, match=f"Worker {rank} .*ended without a word"):
+        run(model, **SLOW)
+    assert time.monotonic() - killed[0] < 5 and gone(pids.values())
+    assert relative_error(run(model), expected) < 2e-6
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("_round", ROUNDS)
+def test_a_rank_killed_while_idle_costs_nothing_but_a_restart(model, expected, rank, _round, caplog):
+    run(model)
+    pids = dict(group._group.pids)
+    os.kill(pids[rank], signal.SIGKILL)
+    assert gone([pids[rank]])
+    assert relative_error(run(model), expected) < 2e-6
+    assert "ended since the last run" in caplog.text and gone(pids.values())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("_round", ROUNDS)
+def test_a_rank_killed_while_starting_or_loading(model, expected, rank, _round):
+    killed = []
+
+    def kill():
+        while not killed:
+            for process in Path("/proc").glob("[0-9]*"):
+                if f"RANK={rank}\0".encode() in read(process / "environ") and b"bootstrap.py" in read(
+                    process / "cmdline"
+                ):
+                    time.sleep(0.7 * (1 + _round % 5))  # importing, joining, loading
+                    os.kill(int(process.name), signal.SIGKILL)
+                    killed.append(time.monotonic())
+                    return
+            time.sleep(0.01)
+
+    thread = later(0, kill)
+    with pytest.raises(GroupError, match="ended without a word"):
+        run(model, **SLOW)
+    assert time.monotonic() - killed[0] < 5
+    thread.join()
+    assert relative_error(run(model), expected) < 2e-6
+
+
+def read(path):
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.parametrize("_round", ROUNDS)
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("RuntimeError", GroupError, "Worker 1 .cpu. failed: RuntimeError: broken for the test"),
+        ("OutOfMemoryError", torch.OutOfMemoryError, "Worker 1 .cpu. ran out of memory"),
+    ],
+)
+def test_one_rank_alone_fails(model, expected, kind, error, message, _round, monkeypatch):
+    """Out of memory is ComfyUI's own exception for it, so that its handling runs."""
+    with monkeypatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(BROKEN))
+        environment.setenv("SKEIN_BREAK", f"1:{kind}")
+        started = time.monotonic()
+        with pytest.raises(error, match=message):
+            run(model)
+    assert time.monotonic() - started < 60
+    assert relative_error(run(model), expected) < 2e-6
+
+
+@pytest.mark.parametrize("_round", ROUNDS)
+def test_an_interrupt_returns_at_once_and_the_workers_stay(model, expected, _round):
+    run(model)
+    pids, pressed = dict(group._group.pids), []
+
+    def press():
+        pressed.append(time.monotonic())
+        memory.interrupt_current_processing(True)
+
+    later(1.0, press)
+    with pytest.raises(memory.InterruptProcessingException):
+        run(model, **SLOW)
+    assert time.monotonic() - pressed[0] < 1
+    memory.interrupt_current_processing(False)
+    assert relative_error(run(model), expected) < 2e-6 and group._group.pids == pids
+
+
+def test_unloading_ends_the_workers_and_the_next_run_starts_new_ones(model, expected):
+    run(model)
+    pids = list(group._group.pids.values())
+    memory.unload_all_models()
+    assert group._group is None and gone(pids)
+    assert relative_error(run(model), expected) < 2e-6
+
+
+def test_workers_that_are_not_to_be_kept_are_not(model):
+    sample(engine.edit(model, parallel=ParallelConfig("cpu,cpu", keep_warm=False)), text(7), **SMALL)
+    assert group._group is None
+
+
+def test_fifty_runs_in_a_row_leave_nothing(model, expected):
+    run(model)
+    processes = [os.getpid(), *group._group.pids.values()]
+
+    def used():
+        handles = [len(os.listdir(f"/proc/{pid}/fd")) for pid in processes]
+        resident = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 for pid in processes]
+        return handles, threading.active_count(), resident
+
+    for _ in range(10):
+        run(model)
+    handles, threads, resident = used()
+    for _ in range(50):
+        out = run(model)
+    assert relative_error(out, expected) < 2e-6
+    assert used()[:2] == (handles, threads)
+    assert all(after < before + (16 << 20) for before, after in zip(resident, used()[2]))
