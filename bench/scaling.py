@@ -1,0 +1,148 @@
+"""Context parallelism on the GPUs of this machine: seconds a step against one process, start-up, memory.
+
+    python3 -m bench.scaling [--worlds 1 2 4 8] [--steps 4] [--paths exact all]
+    python3 -m bench.scaling --cpu --width 128 --height 128 --frames 9 --hidden 256 --double 2 --single 4
+
+The 13 B HunyuanVideo with random weights (bench/random_model.py) is written to a temporary file, as a checkpoint that
+every process loads. A step is the time between two of the sampler's callbacks, the median without the first. The one
+process runs the same plan, in this process; stock ComfyUI runs too. Random: weights and conditioning. Ends with one
+JSON line.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+from pack import load_pack  # noqa: E402
+
+load_pack()
+
+import comfy.model_management  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfyui_version  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from skein import engine  # noqa: E402
+from skein.bench import random_model as models  # noqa: E402
+from skein.bench.timing import device_name  # noqa: E402
+from skein.demo.sampling import sample  # noqa: E402
+from skein.parallel import group, release  # noqa: E402
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan  # noqa: E402
+
+PATHS = {
+    "stock": Plan(),
+    "exact": Plan(attention=AttentionConfig(), compile=CompileConfig()),
+    "all": Plan(CacheConfig(), AttentionConfig(), FP8Config(), CompileConfig()),
+}
+
+
+class Steps:
+    """The times of a run's callbacks."""
+
+    def __init__(self, begin: float):
+        self.times = [begin]
+
+    def __call__(self, *_) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    @property
+    def row(self) -> dict:
+        seconds = [later - earlier for earlier, later in zip(self.times, self.times[1:])]
+        return {"step_s": statistics.median(seconds[1:]), "first_step_s": seconds[0]}
+
+
+def run(model, plan: Plan, arguments: dict) -> tuple[torch.Tensor, dict]:
+    steps = Steps(time.perf_counter())
+    out = sample(engine.edit(model, **vars(plan)), models.conditioning(60), callback=steps, **arguments)
+    return out, steps.row
+
+
+def host_gib(pids: list[int]) -> float:
+    """Memory of processes, what they share counted once (PSS)."""
+    total = 0
+    for pid in pids:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 2**20
+
+
+def gpu_gib() -> list[float]:
+    """Memory in use on each GPU, by whomever."""
+    free = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
+    return [round((total - left) / 2**30, 1) for left, total in free]
+
+
+def measure(model, name: str, world: int, arguments: dict, alone: dict, options) -> dict:
+    """One path in so many workers: cold, then warm."""
+    devices = ",".join(["cpu"] * world if options.cpu else map(str, range(world)))
+    plan = replace(PATHS[name], parallel=ParallelConfig(devices, options.ulysses, options.ring))
+    _, cold = run(model, plan, {**arguments, "steps": 2})
+    out, warm = run(model, plan, arguments)
+    assert group._group is not None
+    row = {
+        "path": name, "world": world, **warm,
+        "cold_first_step_s": cold["first_step_s"],
+        "warm_start_s": warm["first_step_s"] - warm["step_s"],
+        "over_one_process": alone["step_s"] / warm["step_s"],
+        "error_to_one_process": float((out - alone["out"]).norm() / alone["out"].norm()),
+        "host_gib": host_gib(list(group._group.pids.values())),
+        "gpu_gib": gpu_gib(),
+    }  # fmt: skip
+    print(row, flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in dict(
+        width=1280, height=720, frames=129, steps=4, double=models.DOUBLE, single=models.SINGLE, hidden=models.HIDDEN,
+        ulysses=0, ring=0,
+    ).items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--worlds", type=int, nargs="*", default=[1, 2, 4, 8])
+    parser.add_argument("--paths", nargs="*", default=list(PATHS)[1:])
+    parser.add_argument("--cpu", action="store_true", help="workers on the CPU")
+    parser.add_argument("--no-stock", action="store_true")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("skein").setLevel(logging.INFO)
+    there = 8 if options.cpu else torch.cuda.device_count()
+    latent = torch.zeros(models.latent_shape(options.width, options.height, options.frames))
+    arguments = {"latent": latent, "steps": options.steps}
+    rows = []
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        checkpoint = f"{folder}/random.safetensors"
+        started = time.perf_counter()
+        state = models.random_state_dict(options.double, options.single, options.hidden)
+        save_file({name: value.clone() for name, value in state.items()}, checkpoint)
+        del state
+        print(f"wrote the checkpoint in {time.perf_counter() - started:.1f} s", flush=True)
+        model = comfy.sd.load_diffusion_model(checkpoint)
+        for name in (["stock"] if not options.no_stock else []) + options.paths:
+            out, row = run(model, PATHS[name], arguments)
+            rows.append({"path": name, "world": 0, **row, "gpu_gib": gpu_gib()})
+            print(rows[-1], flush=True)
+            comfy.model_management.unload_all_models()
+            for world in [world for world in options.worlds if world <= there and name != "stock"]:
+                rows.append(measure(model, name, world, arguments, {**row, "out": out}, options))
+        release()
+    print(
+        json.dumps({
+            "device": device_name(), "gpus": torch.cuda.device_count(), "comfyui": comfyui_version.__version__,
+            "torch": torch.__version__, "random": "weights and conditioning", "sizes": vars(options), "runs": rows,
+        })
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
