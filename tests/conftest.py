@@ -1,11 +1,15 @@
 """Fixtures: the pack as a package, ComfyUI's library in this process, a real server, small models."""
 
+import json
+
 import pytest
 from pack import load_pack
 
 load_pack()
 
 import torch  # noqa: E402
+from graphs import SAMPLER  # noqa: E402
+from skein.demo.run import WORKFLOW, node_id  # noqa: E402
 from skein.demo.sampling import load_demo_model  # noqa: E402
 from skein.demo.server import ComfyServer, comfyui_path  # noqa: E402
 from small_models import random_hunyuan_video  # noqa: E402
@@ -37,3 +41,12 @@ def tiny_model():
     """A random HunyuanVideo of two heads, 2 + 2 blocks: for what does not depend on training."""
     with torch.inference_mode():
         return random_hunyuan_video()
+
+
+@pytest.fixture
+def prompt():
+    """The demo workflow at a small size."""
+    graph = json.loads(WORKFLOW.read_text())
+    graph[node_id(graph, SAMPLER)]["inputs"]["steps"] = 6
+    graph[node_id(graph, "EmptyHunyuanLatentVideo")]["inputs"].update(width=128, height=128, length=9)
+    return graph

@@ -1,40 +1,17 @@
 """A real ComfyUI server: the demo workflow, bad input, interrupts. After each, the server goes on."""
 
 import copy
-import json
 import threading
 import time
 
 import pytest
 import torch
+from graphs import CACHE, LOADER, PROMPT, SAMPLER, custom_sampling, frames, seeded
 from safetensors.torch import save_file
 from skein.demo import MODEL_NAME
-from skein.demo.run import WORKFLOW, node_id, without_cache
+from skein.demo.run import node_id, without_cache
 from skein.demo.server import PromptError
 from skein.demo.video import read_frames
-
-CACHE, SAMPLER, LOADER, PROMPT = "SkeinFirstBlockCache", "KSampler", "UNETLoader", "SkeinDemoPrompt"
-
-
-@pytest.fixture
-def prompt():
-    """The demo workflow at a small size."""
-    graph = json.loads(WORKFLOW.read_text())
-    graph[node_id(graph, SAMPLER)]["inputs"]["steps"] = 6
-    graph[node_id(graph, "EmptyHunyuanLatentVideo")]["inputs"].update(width=128, height=128, length=9)
-    return graph
-
-
-def frames(server, graph, on_event=None):
-    outputs = server.run(graph, on_event)
-    return read_frames(server.file(outputs[node_id(graph, "SaveAnimatedWEBP")]["images"][0]))
-
-
-def seeded(graph, seed):
-    """A copy with another seed: ComfyUI answers an unchanged prompt from its own cache."""
-    graph = copy.deepcopy(graph)
-    graph[node_id(graph, SAMPLER)]["inputs"]["seed"] = seed
-    return graph
 
 
 def test_the_pack_is_loaded_and_the_checkpoint_is_listed(server):
@@ -130,29 +107,6 @@ def test_after_an_interrupt_the_next_stock_run_is_bit_equal(server, prompt):
     assert not server.get("/skein/runs")["runs"][-1]["finished"]
     frames(server, seeded(stock, 33))  # pushes the run of seed 31 out of ComfyUI's own cache
     assert (frames(server, seeded(stock, 31)) == before).all()
-
-
-def custom_sampling(graph, cfg):
-    """The same graph with SamplerCustomAdvanced, and a guider for `cfg`, in the KSampler's place."""
-    graph = copy.deepcopy(graph)
-    sampler = node_id(graph, SAMPLER)
-    old = graph[sampler]["inputs"]
-    graph["noise"] = {"class_type": "RandomNoise", "inputs": {"noise_seed": old["seed"]}}
-    graph["select"] = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "dpmpp_2m"}}
-    schedule = {"model": old["model"], "scheduler": "simple", "steps": old["steps"], "denoise": 1.0}
-    graph["sigmas"] = {"class_type": "BasicScheduler", "inputs": schedule}
-    if cfg == 1:
-        guider = {"class_type": "BasicGuider", "inputs": {"model": old["model"], "conditioning": old["positive"]}}
-    else:
-        sides = {"positive": old["positive"], "negative": old["negative"]}
-        guider = {"class_type": "CFGGuider", "inputs": {"model": old["model"], "cfg": cfg, **sides}}
-    graph["guider"] = guider
-    links = {"noise": ["noise", 0], "guider": ["guider", 0], "sampler": ["select", 0], "sigmas": ["sigmas", 0]}
-    graph[sampler] = {
-        "class_type": "SamplerCustomAdvanced",
-        "inputs": {**links, "latent_image": old["latent_image"]},
-    }
-    return graph
 
 
 @pytest.mark.parametrize("cfg", [1, 3.0])
