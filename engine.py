@@ -24,7 +24,7 @@ from .cache import CacheHook, FirstBlockCache
 from .compilation import CompiledBlocks, compile_settings
 from .models import BlockKey, find_stack
 from .parallel import Mesh, Sharding, delegated
-from .plain import plain_clone
+from .patchers import plain
 from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
 from .quantization import quantized
 from .report import Run, Stopwatch, publish, show
@@ -40,12 +40,9 @@ ATTENTION_PATCHES = ("attn1_patch", "attn1_output_patch")  # told the index of t
 OVERRIDE = "optimized_attention_override"
 
 
-def edit(patcher: "ModelPatcher", *, plain: bool = False, **changes: Any) -> "ModelPatcher":
-    """A clone of the model whose plan has the given fields replaced, e.g. `edit(model, cache=CacheConfig())`.
-
-    plain: without ComfyUI's dynamic VRAM, which works on layers of its own only.
-    """
-    clone = plain_clone(patcher) if plain else patcher.clone()
+def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
+    """A clone of the model whose plan has the given fields replaced, e.g. `edit(model, cache=CacheConfig())`."""
+    clone = patcher.clone()
     clone.set_attachments(PLAN_KEY, replace(plan_of(patcher), **changes))
     if not clone.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).get(PLAN_KEY):
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, PLAN_KEY, _outer_sample)
@@ -83,6 +80,8 @@ def applied(plan: Plan, guider, mesh: Mesh | None = None) -> Iterator[None]:
                     )
                 techniques.enter_context(delegated(plan, guider))
                 plan = Plan()
+            if plan.fp8 is not None or plan.compile is not None:
+                techniques.enter_context(plain(guider))
             sharding = None if mesh is None or mesh.world == 1 else _sharding(mesh, guider)
             if plan.fp8 is not None:
                 techniques.enter_context(_quantizing(plan.fp8, guider))

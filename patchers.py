@@ -1,8 +1,13 @@
 """ModelPatchers over a second model: a run's own patcher, ComfyUI's books about what is loaded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import comfy.model_management as memory
 from comfy.model_patcher import ModelPatcher
 from torch import nn
+
+PLAIN_KEY = "_skein_plain"  # on a model under dynamic VRAM: the patcher over the same model without it
 
 
 def clone_over(source: ModelPatcher, root: ModelPatcher) -> ModelPatcher:
@@ -30,3 +35,34 @@ def unload(patcher: ModelPatcher) -> None:
 def is_loaded(model: nn.Module) -> bool:
     """Whether ComfyUI has the model in its books."""
     return any(entry.model is not None and entry.model.model is model for entry in memory.current_loaded_models)
+
+
+@contextmanager
+def plain(guider) -> Iterator[None]:
+    """Within: the guider's model without dynamic VRAM, which moves and patches weights inside layers of its own only.
+
+    ComfyUI loads the model a second time for it, once for all runs. Raises ValueError if the loader left no recipe.
+    """
+    source = guider.model_patcher
+    if not source.is_dynamic():
+        yield
+        return
+    require_recipe(source)
+    kept = vars(source.model)
+    if PLAIN_KEY not in kept:
+        root = kept[PLAIN_KEY] = source.clone(disable_dynamic=True)
+        root.patches, root.parent = {}, None
+    guider.model_patcher = clone_over(source, kept[PLAIN_KEY])
+    try:
+        yield
+    finally:
+        guider.model_patcher = source
+
+
+def require_recipe(patcher: ModelPatcher) -> None:
+    """Raises ValueError if ComfyUI does not know how to load the model again."""
+    if patcher.is_dynamic() and patcher.cached_patcher_init is None:
+        raise ValueError(
+            "This model's loader left no recipe for loading it without dynamic VRAM; use one of ComfyUI's own loaders, "
+            "or start ComfyUI with --disable-dynamic-vram."
+        )

@@ -57,4 +57,4 @@ class CompileNode(io.ComfyNode):
     @classmethod
     def execute(cls, model, mode: str, dynamic: str, warm_up: bool, cache_folder: str) -> io.NodeOutput:
         config = CompileConfig(mode, dynamic, warm_up, cache_folder.strip(), cls.hidden.unique_id)
-        return io.NodeOutput(engine.edit(model, plain=True, compile=config))
+        return io.NodeOutput(engine.edit(model, compile=config))

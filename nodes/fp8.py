@@ -44,7 +44,7 @@ class FP8QuantizeNode(io.ComfyNode):
     def execute(cls, model, mode: str, modulation: bool) -> io.NodeOutput:
         require_torchao()
         config = FP8Config(mode=mode, modulation=modulation, node_id=cls.hidden.unique_id)
-        return io.NodeOutput(engine.edit(model, plain=True, fp8=config))
+        return io.NodeOutput(engine.edit(model, fp8=config))
 
 
 class FP8TextEncoderNode(io.ComfyNode):

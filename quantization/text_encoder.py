@@ -3,7 +3,7 @@
 import logging
 from typing import TYPE_CHECKING
 
-from ..plain import require_recipe
+from ..patchers import require_recipe
 from ..report import show
 from .layers import SCALED, require_torchao, text_layers
 from .run import describe

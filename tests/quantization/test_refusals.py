@@ -1,6 +1,7 @@
 """What other nodes and other checkpoints bring: kept, left alone, or refused with a sentence."""
 
 import json
+from types import SimpleNamespace
 
 import comfy.hooks
 import comfy.sd
@@ -11,6 +12,7 @@ from loras import relative_error
 from safetensors.torch import save_file
 from skein import engine
 from skein.demo.sampling import conditioning, sample
+from skein.patchers import plain
 from skein.plan import FP8Config
 from skein.quantization.linear import QuantizedLinear
 from skein.quantization.run import TWIN_KEY, quantized
@@ -27,7 +29,7 @@ def model():
 
 
 def fp8(model, mode="per_row", **settings):
-    return engine.edit(model, plain=True, fp8=FP8Config(mode=mode, **settings))
+    return engine.edit(model, fp8=FP8Config(mode=mode, **settings))
 
 
 @pytest.mark.parametrize("path", [QKV, "diffusion_model.double_blocks.0", f"{QKV}.forward"])
@@ -92,8 +94,8 @@ def test_a_model_that_cannot_be_loaded_without_dynamic_vram_is_refused(model, mo
     patcher = model.clone()
     monkeypatch.setattr(patcher, "is_dynamic", lambda: True)
     patcher.cached_patcher_init = None
-    with pytest.raises(ValueError, match="dynamic VRAM"):
-        fp8(patcher)
+    with pytest.raises(ValueError, match="dynamic VRAM"), plain(SimpleNamespace(model_patcher=patcher)):
+        pass
 
 
 def state_of(model):

@@ -36,7 +36,7 @@ def model():
 
 
 def fp8(model, mode="per_row", **settings):
-    return engine.edit(model, plain=True, fp8=FP8Config(mode=mode, **settings))
+    return engine.edit(model, fp8=FP8Config(mode=mode, **settings))
 
 
 def twin_of(model):
