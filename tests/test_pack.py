@@ -31,6 +31,8 @@ NODES = [
     "SkeinFP8Quantize",
     "SkeinFP8TextEncoder",
     "SkeinCompile",
+    "SkeinContextParallel",
+    "SkeinReleaseWorkers",
     "SkeinDemoPrompt",
     "SkeinLatentVideoPreview",
 ]

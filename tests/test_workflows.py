@@ -27,6 +27,7 @@ IMAGE_TO_VIDEO = {
 MISSING = {
     "hunyuan_video_i2v_cache": IMAGE_TO_VIDEO,
     "hunyuan_video_t2v_cache": TEXT_TO_VIDEO,
+    "hunyuan_video_t2v_context_parallel": TEXT_TO_VIDEO,
     "hunyuan_video_t2v_fast": TEXT_TO_VIDEO,
 }
 SHIPPED = [*MISSING, "skein_demo"]

@@ -1,0 +1,78 @@
+"""Every technique under ComfyUI's dynamic VRAM, which its server switches on for NVIDIA GPUs: does each still work?
+
+    python3 -m bench.dynamic_vram
+
+Switches dynamic VRAM on as ComfyUI's main.py does, loads a random HunyuanVideo of true width from a file (2 + 4 blocks,
+480 x 272 x 17 frames, 4 steps) and samples with each technique, all of them, one worker, and stock before and after.
+Prints the relative error to stock and whether stock came back to the bit; ends with one JSON line.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+import comfy_aimdo.control
+
+comfy_aimdo.control.init()  # before torch, as ComfyUI does
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+from pack import load_pack  # noqa: E402
+
+load_pack()
+
+import comfy.memory_management  # noqa: E402
+import comfy.model_management  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import comfy.sd  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from skein import engine  # noqa: E402
+from skein.bench import random_model as models  # noqa: E402
+from skein.bench.timing import device_name  # noqa: E402
+from skein.demo.sampling import sample  # noqa: E402
+from skein.parallel import release  # noqa: E402
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan  # noqa: E402
+
+EVERYTHING = dict(
+    cache=CacheConfig(), attention=AttentionConfig(kernel="flash2"), fp8=FP8Config(), compile=CompileConfig()
+)
+PLANS = {
+    **{name: Plan(**{name: config}) for name, config in EVERYTHING.items()},
+    "all": Plan(**EVERYTHING),
+    "all again": Plan(**EVERYTHING),
+    "one worker": Plan(parallel=ParallelConfig("0")),
+    "all, one worker": Plan(**EVERYTHING, parallel=ParallelConfig("0")),
+}
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("skein").setLevel(logging.INFO)
+    device = comfy.model_management.get_torch_device()
+    if not comfy_aimdo.control.init_devices([(device.index, 0)]):
+        sys.exit("This machine's comfy-aimdo does not work, so there is no dynamic VRAM to check.")
+    comfy_aimdo.control.set_log_warning()
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+    comfy.memory_management.aimdo_enabled = True
+    rows = []
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        checkpoint = f"{folder}/random.safetensors"
+        save_file({name: value.clone() for name, value in models.random_state_dict(2, 4).items()}, checkpoint)
+        model = comfy.sd.load_diffusion_model(checkpoint)
+        arguments = dict(latent=torch.zeros(models.latent_shape(480, 272, 17)), steps=4)
+        stock = sample(model, models.conditioning(60), **arguments)
+        for name, plan in PLANS.items():
+            out = sample(engine.edit(model, **vars(plan)), models.conditioning(60), **arguments)
+            back = torch.equal(sample(model, models.conditioning(60), **arguments), stock)
+            error = float((out - stock).norm() / stock.norm())
+            rows.append({"plan": name, "error": error, "stock_is_back": back})
+            print(rows[-1], flush=True)
+        release()
+    print(json.dumps({"device": device_name(), "dynamic": model.is_dynamic(), "plans": rows}))
+
+
+if __name__ == "__main__":
+    main()
