@@ -1,20 +1,24 @@
 # make demo   set up everything and make the demo video; ends with one JSON line
+#             (DEVICES=cpu,cpu: also in worker processes)
 # make test   set up everything and run the tests (COMFYUI=0.16.3 for another ComfyUI)
+# make faults   ten rounds of killed, failing and interrupted workers
 # make lint   ruff and mypy
 PYTHON ?= python3
 COMFYUI ?= 0.30.0
-DEV = @$(PYTHON) scripts/dev.py --comfyui $(COMFYUI)
+DEV = $(PYTHON) scripts/dev.py --comfyui $(COMFYUI)
 
-.PHONY: setup demo test lint curve
+.PHONY: setup demo test lint curve faults
 setup:
-	$(DEV)
+	@$(DEV)
 demo:
-	$(DEV) -m demo.run
+	@$(DEV) -m demo.run $(if $(DEVICES),--devices $(DEVICES))
 test:
-	$(DEV) -m pytest
+	@$(DEV) -m pytest
 lint:
-	$(DEV) -m ruff check .
-	$(DEV) -m ruff format --check .
-	$(DEV) -m mypy
+	@$(DEV) -m ruff check .
+	@$(DEV) -m ruff format --check .
+	@$(DEV) -m mypy
+faults:
+	@SKEIN_ROUNDS=10 $(DEV) -m pytest tests/parallel/test_faults.py
 curve:
-	$(DEV) -m bench.cache_curve
+	@$(DEV) -m bench.cache_curve

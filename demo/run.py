@@ -41,6 +41,28 @@ def without_cache(prompt: dict) -> dict:
     return prompt
 
 
+def in_workers(prompt: dict, devices: str, **settings) -> dict:
+    """The same prompt with the model's calls in worker processes."""
+    prompt = copy.deepcopy(prompt)
+    cache = prompt[node_id(prompt, CACHE_NODE)]["inputs"]
+    inputs = {"devices": devices, "ulysses_degree": 0, "ring_degree": 0, "keep_warm": True, **settings}
+    prompt["parallel"] = {"class_type": "SkeinContextParallel", "inputs": {**inputs, "model": cache["model"]}}
+    cache["model"] = ["parallel", 0]
+    return prompt
+
+
+def parallel_run(server: ComfyServer, prompt: dict, devices: str) -> dict:
+    """The demo in worker processes, against the video of one process in OUT."""
+    prompt = in_workers(prompt, devices)
+    warm_up = copy.deepcopy(prompt)
+    warm_up[node_id(warm_up, "KSampler")]["inputs"]["steps"] = 1
+    run_and_time(server, warm_up, "starting workers")
+    file, seconds = run_and_time(server, prompt, f"cached, in workers on {devices}")
+    shutil.copy(file, OUT / "parallel.webp")
+    same = psnr(read_frames(OUT / "parallel.webp"), read_frames(OUT / "cached.webp"))
+    return {"devices": devices, "parallel_s": round(seconds, 2), "parallel_psnr_db_to_one_process": round(same, 2)}
+
+
 def run_and_time(server: ComfyServer, prompt: dict, name: str) -> tuple[Path, float]:
     """Run a prompt, showing progress; returns the saved video and the seconds spent in the sampler node."""
     sampler, saver = node_id(prompt, "KSampler"), node_id(prompt, "SaveAnimatedWEBP")
@@ -104,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", help="another prompt for the demo model")
     parser.add_argument("--seed", type=int, help="another seed")
+    parser.add_argument("--devices", help='also sample in worker processes on these devices, such as "cpu,cpu"')
     parser.add_argument("--thumbnail", action="store_true", help="also renew the shipped workflow's thumbnail")
     options = parser.parse_args()
 
@@ -126,6 +149,7 @@ def main() -> None:
         run = server.get("/skein/runs")["runs"][-1]
         shutil.copy(stock_file, OUT / "stock.webp")
         shutil.copy(cached_file, OUT / "cached.webp")
+        parallel = parallel_run(server, cached_prompt, options.devices) if options.devices else {}
     stock, cached = read_frames(OUT / "stock.webp"), read_frames(OUT / "cached.webp")
     if options.thumbnail:
         draw_thumbnail(WORKFLOW.parent.parent / f"{WORKFLOW.stem}.jpg", cached)
@@ -149,6 +173,7 @@ def main() -> None:
         "picture": os.path.relpath(OUT / "sheet.png", ROOT),
         "comfyui": version,
         "device": device_name(),
+        **parallel,
     }
     print(json.dumps(result))
 

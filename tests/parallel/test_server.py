@@ -1,6 +1,5 @@
 """Context parallelism in a real ComfyUI server: previews, progress, unloading, and servers that are killed."""
 
-import copy
 import os
 import shutil
 import signal
@@ -11,21 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from graphs import CACHE, SAMPLER, custom_sampling, frames, seeded
-from skein.demo.run import node_id
+from graphs import SAMPLER, custom_sampling, frames, seeded
+from skein.demo.run import in_workers, node_id
 from skein.demo.server import ComfyServer, PromptError, comfyui_path
 
-NODE = "SkeinContextParallel"
-
-
-def in_workers(graph, **inputs):
-    """The graph with the model's calls in two workers on the CPU."""
-    graph = copy.deepcopy(graph)
-    cache = graph[node_id(graph, CACHE)]["inputs"]
-    settings = {"devices": "cpu,cpu", "ulysses_degree": 0, "ring_degree": 0, "keep_warm": True, **inputs}
-    graph["parallel"] = {"class_type": NODE, "inputs": {"model": cache["model"], **settings}}
-    cache["model"] = ["parallel", 0]
-    return graph
+CPUS = "cpu,cpu"
 
 
 def workers_of(server):
@@ -53,7 +42,7 @@ def gone(pids, seconds=5.0):
 
 @pytest.mark.parametrize("cfg", [None, 3.0], ids=["KSampler", "SamplerCustomAdvanced"])
 def test_the_same_video_with_previews_and_progress(server, prompt, cfg):
-    alone, shared = seeded(prompt, 71), in_workers(seeded(prompt, 71))
+    alone, shared = seeded(prompt, 71), in_workers(seeded(prompt, 71), CPUS)
     if cfg:
         alone, shared = custom_sampling(alone, cfg), custom_sampling(shared, cfg)
     stock = frames(server, alone)
@@ -88,17 +77,17 @@ def test_bad_input_gets_a_sentence(server, prompt, inputs, sentence):
         if torch.cuda.is_available():
             pytest.skip("this machine has the GPUs that the input asks for")
     with pytest.raises(PromptError, match=sentence):
-        server.run(in_workers(prompt, **inputs))
+        server.run(in_workers(prompt, **{"devices": CPUS, **inputs}))
     assert server.alive()
 
 
 def test_unloading_the_models_ends_the_workers(server, prompt):
-    frames(server, in_workers(seeded(prompt, 72)))
+    frames(server, in_workers(seeded(prompt, 72), CPUS))
     pids = workers_of(server)
     assert len(pids) == 2
     server.post("/free", {"unload_models": True})
     assert gone(pids)
-    frames(server, in_workers(seeded(prompt, 73)))
+    frames(server, in_workers(seeded(prompt, 73), CPUS))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
@@ -107,7 +96,9 @@ def test_two_servers_and_one_of_them_killed(server, prompt, how):
     with ComfyServer(comfyui_path()) as other:
         videos = {}
         threads = [
-            threading.Thread(target=lambda s=s: videos.update({s: frames(s, in_workers(seeded(prompt, 74 + how)))}))
+            threading.Thread(
+                target=lambda s=s: videos.update({s: frames(s, in_workers(seeded(prompt, 74 + how), CPUS))})
+            )
             for s in (server, other)
         ]
         for thread in threads:
@@ -120,7 +111,7 @@ def test_two_servers_and_one_of_them_killed(server, prompt, how):
         other.process.send_signal(how)
         assert gone(theirs)
     assert workers_of(server) == ours
-    frames(server, in_workers(seeded(prompt, 84 + how)))
+    frames(server, in_workers(seeded(prompt, 84 + how), CPUS))
 
 
 def test_a_full_shared_memory_folder_does_no_harm(tmp_path):
