@@ -10,6 +10,9 @@ from .nodes.demo import DemoPromptNode
 from .nodes.fp8 import FP8QuantizeNode, FP8TextEncoderNode
 from .nodes.parallel import ContextParallelNode, ReleaseWorkersNode
 from .nodes.preview import LatentVideoPreviewNode
+from .nodes.report import CacheReportNode
+from .nodes.vae import VAEDecodeNode
+from .parallel import release
 
 WEB_DIRECTORY = "./web"
 
@@ -17,7 +20,7 @@ WEB_DIRECTORY = "./web"
 class SkeinExtension(ComfyExtension):
     async def on_load(self) -> None:
         demo.register_model_folder()
-        routes.register()
+        routes.register(release)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
@@ -28,8 +31,10 @@ class SkeinExtension(ComfyExtension):
             CompileNode,
             ContextParallelNode,
             ReleaseWorkersNode,
+            VAEDecodeNode,
             DemoPromptNode,
             LatentVideoPreviewNode,
+            CacheReportNode,
         ]
 
 

@@ -13,21 +13,26 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import comfy.model_management as memory
 import comfy.model_patcher
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch import Tensor, nn
 
+from . import live
 from .attention import AttentionHook, Selection, override
 from .cache import CacheHook, FirstBlockCache
 from .compilation import CompiledBlocks, compile_settings
+from .estimate import Load, advice
 from .models import BlockKey, find_stack
-from .parallel import Mesh, Sharding, delegated
+from .parallel import Mesh, Sharding, delegated, visible_devices
 from .patchers import plain
 from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
 from .quantization import quantized
-from .report import Run, Stopwatch, publish, show
+from .report import begin, note, publish, show
+from .runs import Run
+from .stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -38,6 +43,7 @@ OTHER_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}  # wrapper k
 COMPILE_KEY = "torch.compile"  # wrapper key of ComfyUI's own compilation, and of set_torch_compile_wrapper
 ATTENTION_PATCHES = ("attn1_patch", "attn1_output_patch")  # told the index of their block: a graph for each block
 OVERRIDE = "optimized_attention_override"
+TEXT_TOKENS = 256  # for an estimate before the text is known
 
 
 def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
@@ -57,8 +63,25 @@ def plan_of(patcher: "ModelPatcher") -> Plan:
 def _outer_sample(executor, *args, **kwargs):
     """OUTER_SAMPLE wrapper: the plan holds exactly as long as the sampling inside."""
     guider = executor.class_obj
-    with applied(plan_of(guider.model_patcher), guider):
+    plan = plan_of(guider.model_patcher)
+    noise = args[0] if args else kwargs["noise"]
+    with live.sampling(plan.techniques, guider.model_patcher.load_device), applied(plan, guider):
+        _warn_of_memory(plan, guider.model_patcher, noise.shape)
         return executor(*args, **kwargs)
+
+
+def _warn_of_memory(plan: Plan, patcher: "ModelPatcher", latent: tuple[int, ...]) -> None:
+    """Say beforehand that a size is too large for a GPU. ComfyUI may still find a way, so nothing is refused."""
+    device, dtype = patcher.load_device, patcher.model.get_dtype_inference()
+    if device.type != "cuda" or plan == Plan():
+        return
+    stack = find_stack(patcher.model.diffusion_model)
+    load = Load(stack.tokens(latent), TEXT_TOKENS, stack.width, latent[0], dtype.itemsize)
+    world = 1 if plan.parallel is None else len(visible_devices(plan.parallel.device_names))
+    text = advice(load, plan, memory.get_total_memory(device), world)
+    if text:
+        logger.warning("Skein: %s", text)
+        note("memory", text)
 
 
 @contextmanager
@@ -72,6 +95,9 @@ def applied(plan: Plan, guider, mesh: Mesh | None = None) -> Iterator[None]:
     try:
         # Wrappers run in this order, blocks the other way round: the cache decides before a compiled block is entered.
         with ExitStack() as techniques:
+            if mesh is None:
+                transformer_options = guider.model_options["transformer_options"]
+                add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, live.step, transformer_options)
             if plan.parallel is not None and mesh is None:
                 if plan.cache is not None:
                     _refuse_other_caches(guider.model_options["transformer_options"])
@@ -119,12 +145,12 @@ def _attending(config: AttentionConfig | None, guider, sharding: Sharding | None
     if before is not None:
         winner = "it runs" if config.kernel == "stock" else "Skein's runs in the blocks; kernel stock would leave them"
         logger.info("Skein attention: another node has set an attention of its own; %s.", winner)
-    selection = Selection(config, _stock_attention(before, transformer_options))
+    selection = Selection(config, _stock_attention(before, transformer_options), say=partial(note, "attention"))
     hook = AttentionHook(selection, config.trim_text, sharding.around if sharding else lambda attend: attend)
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, hook.around_model, transformer_options)
     transformer_options[OVERRIDE] = override if before is None else _chained(before)
     yield
-    show(config.node_id, "; ".join(selection.reasons))
+    show(config.node_id, "; ".join(selection.reasons), "attention" if selection.reasons else "")
 
 
 def _stock_attention(before: Callable | None, transformer_options: dict) -> Callable[..., Tensor]:
@@ -155,12 +181,12 @@ def _compiling(config: CompileConfig, guider) -> Iterator[None]:
         logger.warning(
             "Skein compile: another node's attention patch runs inside of the blocks, so they run uncompiled."
         )
-        show(config.node_id, "uncompiled: another node's attention patch runs inside of the blocks")
+        show(config.node_id, "uncompiled: another node's attention patch runs inside of the blocks", "compile")
         yield
         return
     if transformer_options.get("patches") or transformer_options.get("patches_replace"):
         config = replace(config, warm_up=False)  # other packs' code in the blocks may keep count of its calls
-    blocks = CompiledBlocks(config, partial(show, config.node_id))
+    blocks = CompiledBlocks(config, partial(show, config.node_id, about="compile"))
     keys = [f"diffusion_model.{name}" for name in stack.modules]
     set_torch_compile_wrapper(_RunView(patcher, transformer_options), keys=keys, **compile_settings(config))
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, blocks.around_model, transformer_options)
@@ -208,7 +234,7 @@ def _caching(config: CacheConfig, guider, mesh: Mesh | None) -> Iterator[None]:
     if len(stack.keys) < 2:
         raise ValueError(f"This model has {len(stack.keys)} block(s); the first-block cache needs at least two.")
 
-    run = Run(node_id=config.node_id)
+    run = Run(node_id=config.node_id, limit=config.max_consecutive_hits, accumulate=config.accumulate)
     sigmas = cache_sigmas(config, patcher)
     cache = FirstBlockCache(config, *sigmas, *(() if mesh is None or mesh.world == 1 else (mesh.total,)))
     hook = CacheHook(cache, run, Stopwatch(patcher.load_device))
@@ -220,9 +246,13 @@ def _caching(config: CacheConfig, guider, mesh: Mesh | None) -> Iterator[None]:
     _wrap_block(transformer_options, keys[-1], hook.last_block)
 
     started = time.perf_counter()
+    begin(run)
     try:
         yield
         run.finished = True
+    except BaseException as error:
+        run.error = live.sentence(error)
+        raise
     finally:
         cache.reset()
         hook.stopwatch.read()

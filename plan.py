@@ -6,7 +6,7 @@ the same object can be pickled to another process.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 PLAN_KEY = "skein"  # the attachment and wrapper key on a ModelPatcher
 PREDICTORS = ("fit", "taylor")
@@ -14,6 +14,7 @@ KERNELS = ("auto", "flash3", "flash4", "cudnn", "sage", "flash2", "stock")
 FP8_MODES = ("per_row", "per_tensor", "weight_only")
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune")
 DYNAMIC_SHAPES = ("auto", "on", "off")
+DECODE_MODES = ("auto", "whole", "tiled")
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         names = self.device_names
-        if names != ["all"] and not all(name.isdecimal() for name in names) and set(names) != {"cpu"}:
-            raise ValueError(f'devices must be "all", GPU numbers such as "0,1", or "cpu,cpu", not {self.devices!r}.')
-        if "cpu" not in names and len(set(names)) < len(names):
-            raise ValueError(f"devices names a GPU twice: {self.devices!r}.")
+        check_devices(names, self.devices)
         if self.ulysses_degree < 0 or self.ring_degree < 0:
             raise ValueError("ulysses_degree and ring_degree must be 0 (automatic) or more.")
         if names != ["all"]:
@@ -156,26 +154,70 @@ class ParallelConfig:
 
     @property
     def device_names(self) -> list[str]:
-        return [
-            str(int(name)) if name.isdecimal() else name for name in self.devices.replace(" ", "").lower().split(",")
-        ]
+        return device_names(self.devices)
 
     def degrees(self, world: int, heads: int | None = None) -> tuple[int, int]:
-        """Ulysses and ring degree for so many devices. Raises ValueError if they do not multiply to it, or if more
-        devices than the model has heads would share these."""
-        most = max(n for n in range(1, min(world, heads or world) + 1) if world % n == 0)
-        ulysses = self.ulysses_degree or (world // self.ring_degree if self.ring_degree else most)
-        ring = self.ring_degree or (world // ulysses)
-        if heads is not None and ulysses > heads:
-            raise ValueError(
-                f"This model has {heads} heads, which {ulysses} devices cannot share; set ulysses_degree to {most}."
-            )
+        """Ulysses and ring degree for so many devices; (0, 0) if both are automatic. Raises ValueError if they do not
+        multiply to it, or if more devices than the model has heads would share these."""
+        if not self.ulysses_degree and not self.ring_degree:
+            return 0, 0
+        ulysses = self.ulysses_degree or world // self.ring_degree
+        ring = self.ring_degree or world // ulysses
         if ulysses * ring != world:
             raise ValueError(
                 f"ulysses_degree {self.ulysses_degree} and ring_degree {self.ring_degree} do not multiply to {world} "
                 "devices; set one of them to 0 to have it chosen."
             )
+        if heads is not None and ulysses > heads:
+            raise ValueError(
+                f"This model has {heads} heads, which {ulysses} devices cannot share; set both degrees to 0."
+            )
         return ulysses, ring
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Settings of VAE decoding (see vae/): no part of a plan, a node carries them out at once. Raises ValueError.
+
+    mode: "whole" cuts the frame into strips, one a device, and computes what one device would; "tiled" deals out the
+        tiles of ComfyUI's tiled decoding; "auto" is whole where it fits.
+    devices: as in ParallelConfig.
+    tile_size, overlap: pixels. temporal_size, temporal_overlap: frames. As ComfyUI's VAE Decode (Tiled) has them.
+    node_id: the node to show the result on.
+    """
+
+    mode: str = "auto"
+    devices: str = "all"
+    tile_size: int = 512
+    overlap: int = 64
+    temporal_size: int = 64
+    temporal_overlap: int = 8
+    node_id: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        _one_of("decode mode", self.mode, DECODE_MODES)
+        check_devices(self.device_names, self.devices)
+        if self.tile_size < 64 or self.temporal_size < 8:
+            raise ValueError("tile_size must be 64 or more, and temporal_size 8 or more.")
+        if self.overlap < 0 or self.temporal_overlap < 0:
+            raise ValueError("overlap and temporal_overlap must be 0 or more.")
+
+    @property
+    def device_names(self) -> list[str]:
+        return device_names(self.devices)
+
+
+def device_names(text: str) -> list[str]:
+    """The devices that a text such as "0, 1" names."""
+    return [str(int(name)) if name.isdecimal() else name for name in text.replace(" ", "").lower().split(",")]
+
+
+def check_devices(names: list[str], text: str) -> None:
+    """Raises ValueError if these cannot be devices."""
+    if names != ["all"] and not all(name.isdecimal() for name in names) and set(names) != {"cpu"}:
+        raise ValueError(f'devices must be "all", GPU numbers such as "0,1", or "cpu,cpu", not {text!r}.')
+    if "cpu" not in names and len(set(names)) < len(names):
+        raise ValueError(f"devices names a GPU twice: {text!r}.")
 
 
 @dataclass(frozen=True)
@@ -187,6 +229,11 @@ class Plan:
     fp8: FP8Config | None = None
     compile: CompileConfig | None = None
     parallel: ParallelConfig | None = None
+
+    @property
+    def techniques(self) -> list[str]:
+        """The names of what is asked for."""
+        return [each.name for each in fields(self) if getattr(self, each.name) is not None]
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,21 +1,137 @@
-"""HTTP routes: what the last runs did, for the browser and for API users."""
+"""HTTP routes: what a browser shows, for browsers and for API users. A refusal is {"error": sentence}.
 
+    GET  /skein/status          all of live.snapshot(): sampling, processes, runs
+    GET  /skein/runs?limit=16   the last runs under the cache that have ended, oldest first: {"runs": [...]}
+    GET  /skein/runs/<id>       one of them, or the one in progress
+    POST /skein/listen          events for a client of the websocket: {"client_id": its id, "listen": true} -> {}
+    POST /skein/release         ends the worker processes: {} -> {"released": whether there were any}
+
+What changes something is a POST with a JSON body from the same origin, so that no other page can ask for it.
+"""
+
+import asyncio
+import json
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from . import events, live
 from .report import recent_runs
 
-RUNS_ROUTE = "/skein/runs"
+STATUS_ROUTE, RUNS_ROUTE, RELEASE_ROUTE, LISTEN_ROUTE = (
+    "/skein/status",
+    "/skein/runs",
+    "/skein/release",
+    "/skein/listen",
+)
+BODY_BYTES = 4096  # more than any request needs
+TYPES = {str: "a string", bool: "true or false"}
 
 
-def register() -> None:
-    """Add the routes to ComfyUI's server. Without a server (the pack used as a library) nothing happens."""
-    import sys
+class Refused(Exception):
+    """A request that cannot be honoured: the HTTP status and a sentence."""
 
+    def __init__(self, status: int, sentence: str):
+        super().__init__(sentence)
+        self.status = status
+
+
+def register(release: Callable[[], bool]) -> None:
+    """Add the routes to ComfyUI's server. Without a server (the pack used as a library) nothing happens.
+
+    release: ends the workers; whether there were any.
+    """
     server = sys.modules.get("server")
     instance = getattr(getattr(server, "PromptServer", None), "instance", None)
     if instance is None:
         return
     from aiohttp import web
 
-    @instance.routes.get(RUNS_ROUTE)
-    async def runs(_request):
-        """The last runs under the cache, oldest first: {"runs": [...]}, each as `Run.as_dict` gives it."""
-        return web.json_response({"runs": [run.as_dict() for run in recent_runs()]})
+    def answering(handle: Callable[[Any], Awaitable[dict]]) -> Callable[[Any], Awaitable[Any]]:
+        async def answer(request: Any) -> Any:
+            try:
+                return web.json_response(await handle(request))
+            except Refused as refused:
+                return web.json_response({"error": str(refused)}, status=refused.status)
+
+        return answer
+
+    async def status(_request: Any) -> dict:
+        return live.snapshot()
+
+    async def runs(request: Any) -> dict:
+        limit = _limit(request.query.get("limit"))
+        return {"runs": [run.as_dict() for run in recent_runs()[-limit:]]}
+
+    async def one_run(request: Any) -> dict:
+        wanted = request.match_info["id"]
+        for run in live.runs():
+            if run.id == wanted:
+                return run.as_dict()
+        raise Refused(404, f"There is no run of this id among the last {live.KEPT_RUNS}; {RUNS_ROUTE} lists them.")
+
+    async def listen(request: Any) -> dict:
+        asked = await _asked(request, {"client_id": str, "listen": bool})
+        if not events.listen(asked["client_id"], asked["listen"]):
+            raise Refused(404, "No client of the websocket has this id; connect to /ws?clientId=... first.")
+        return {}
+
+    async def release_workers(request: Any) -> dict:
+        await _asked(request, {})
+        if live.workers_are_busy():
+            raise Refused(409, "The workers are sampling; interrupt the run first, or wait for its end.")
+        return {"released": await asyncio.get_running_loop().run_in_executor(None, release)}
+
+    instance.routes.get(STATUS_ROUTE)(answering(status))
+    instance.routes.get(RUNS_ROUTE)(answering(runs))
+    instance.routes.get(RUNS_ROUTE + "/{id}")(answering(one_run))
+    instance.routes.post(LISTEN_ROUTE)(answering(listen))
+    instance.routes.post(RELEASE_ROUTE)(answering(release_workers))
+
+
+def _limit(text: str | None) -> int:
+    if text is None:
+        return live.KEPT_RUNS
+    if not (text.isascii() and text.isdigit() and len(text) < 4 and 1 <= int(text) <= live.KEPT_RUNS):
+        raise Refused(400, f"limit must be a whole number from 1 to {live.KEPT_RUNS}.")
+    return int(text)
+
+
+def _require_same_origin(headers: Any) -> None:
+    """Raises Refused if a browser says that the request comes from another origin's page. Programs say nothing."""
+    site = headers.get("Sec-Fetch-Site")  # where the browser sends it, proxies do not matter
+    origin = headers.get("Origin")
+    same = (
+        site in ("same-origin", "none") if site else origin is None or _host(origin) == headers.get("Host", "").lower()
+    )
+    if not same:
+        raise Refused(403, "Only ComfyUI's own page may ask for this; open it there.")
+
+
+def _host(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
+
+
+async def _asked(request: Any, fields: dict[str, type]) -> dict:
+    """The JSON object of a request that changes something. Raises Refused unless it comes from the same origin and has
+    just these fields. Its content type is one that a form of another page cannot send."""
+    _require_same_origin(request.headers)
+    form = "{" + ", ".join(f'"{name}": {TYPES[kind]}' for name, kind in fields.items()) + "}"
+    if request.content_type != "application/json":
+        raise Refused(415, f'Send the JSON object {form} with "Content-Type: application/json".')
+    body = b""
+    while part := await request.content.read(BODY_BYTES + 1 - len(body)):
+        body += part
+        if len(body) > BODY_BYTES:
+            raise Refused(413, f"The body is too large; send the JSON object {form}.")
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Refused(400, f"The body is no JSON; send the object {form}.") from None
+    if not isinstance(value, dict) or {name: type(each) for name, each in value.items()} != fields:
+        raise Refused(400, f"The body must be the JSON object {form}, with nothing else in it.")
+    return value

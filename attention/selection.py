@@ -26,12 +26,22 @@ TIMES: dict[tuple, float] = {}  # milliseconds of kernels on problems that this 
 
 
 class Selection:
-    """The kernel of one run for each kind of problem it meets. Not made for several threads on one device."""
+    """The kernel of one run for each kind of problem it meets. Not made for several threads on one device.
 
-    def __init__(self, config: AttentionConfig, stock: Attention, kernels: Sequence[Kernel] = KERNELS):
+    say: told what has been found out so far whenever there is more.
+    """
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        stock: Attention,
+        kernels: Sequence[Kernel] = KERNELS,
+        say: Callable[[str], None] = lambda reason: None,
+    ):
         self.config = config
         self.stock = stock
         self._kernels = kernels
+        self._tell = say
         self._chosen: dict[tuple, Kernel | None] = {}
         self._failed: set[str] = set()  # labels
         self.reasons: list[str] = []  # what was found out, in words
@@ -136,6 +146,7 @@ class Selection:
     def _say(self, reason: str, level: int = logging.INFO) -> None:
         if reason not in self.reasons:
             self.reasons.append(reason)
+            self._tell("; ".join(self.reasons))
             logger.log(level, "Skein attention: %s", reason)
 
 

@@ -3,8 +3,9 @@
     python3 -m bench.dynamic_vram
 
 Switches dynamic VRAM on as ComfyUI's main.py does, loads a random HunyuanVideo of true width from a file (2 + 4 blocks,
-480 x 272 x 17 frames, 4 steps) and samples with each technique, all of them, one worker, and stock before and after.
-Prints the relative error to stock and whether stock came back to the bit; ends with one JSON line.
+480 x 272 x 17 frames, 4 steps) and samples with each technique, all of them, one worker, and stock before and after;
+then decodes with a random VAE of true size in this process and in that worker. Prints the relative error to stock and
+whether stock came back to the bit; ends with one JSON line.
 """
 
 import json
@@ -32,9 +33,20 @@ from safetensors.torch import save_file  # noqa: E402
 from skein import engine  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
+from skein.bench.vae import random_vae  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
 from skein.parallel import release  # noqa: E402
-from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan  # noqa: E402
+from skein.plan import (  # noqa: E402
+    AttentionConfig,
+    CacheConfig,
+    CompileConfig,
+    DecodeConfig,
+    FP8Config,
+    ParallelConfig,
+    Plan,
+)  # fmt: skip
+from skein.vae import remote  # noqa: E402
+from skein.vae.decode import decode  # noqa: E402
 
 EVERYTHING = dict(
     cache=CacheConfig(), attention=AttentionConfig(kernel="flash2"), fp8=FP8Config(), compile=CompileConfig()
@@ -46,6 +58,22 @@ PLANS = {
     "one worker": Plan(parallel=ParallelConfig("0")),
     "all, one worker": Plan(**EVERYTHING, parallel=ParallelConfig("0")),
 }
+
+
+def decodes() -> list[dict]:
+    vae = random_vae("HunyuanVideo")
+    latent = torch.randn(models.latent_shape(480, 272, 17), generator=torch.Generator().manual_seed(1))
+    stock = vae.decode(latent)
+    ways = {
+        "decode, this process": lambda: decode(vae, latent, DecodeConfig("whole", "0")),
+        "decode, one worker": lambda: remote.decode_strips(remote.workers(("0",), vae), vae, latent, 0),
+    }
+    rows = []
+    for name, run in ways.items():
+        error = float((run() - stock).norm() / stock.norm())
+        rows.append({"plan": name, "error": error, "stock_is_back": torch.equal(vae.decode(latent), stock)})
+        print(rows[-1], flush=True)
+    return rows
 
 
 def main() -> None:
@@ -70,6 +98,7 @@ def main() -> None:
             error = float((out - stock).norm() / stock.norm())
             rows.append({"plan": name, "error": error, "stock_is_back": back})
             print(rows[-1], flush=True)
+        rows += decodes()
         release()
     print(json.dumps({"device": device_name(), "dynamic": model.is_dynamic(), "plans": rows}))
 

@@ -94,6 +94,7 @@ def measure(model, name: str, world: int, arguments: dict, alone: dict, options)
         "cold_first_step_s": cold["first_step_s"],
         "warm_start_s": warm["first_step_s"] - warm["step_s"],
         "over_one_process": alone["step_s"] / warm["step_s"],
+        "exchange_share": group._group.last_run["exchange_s"] / group._group.last_run["call_s"],
         "error_to_one_process": float((out - alone["out"]).norm() / alone["out"].norm()),
         "host_gib": host_gib(list(group._group.pids.values())),
         "gpu_gib": gpu_gib(),

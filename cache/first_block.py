@@ -35,10 +35,14 @@ def sample_tokens(hidden: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a call may be reused, and the relative change that says so (None: nothing to compare with)."""
+    """Whether a call may be reused, and the relative change that says so (None: nothing to compare with).
+
+    admitted: whether any change could have had it reused, by its sigma and the calls before it.
+    """
 
     reuse: bool
     change: float | None
+    admitted: bool
 
 
 @dataclass
@@ -94,11 +98,13 @@ class FirstBlockCache:
         known = [change for change in changes if change is not None]
         change = max(known) if len(known) == len(changes) else None
         limit = self.config.max_consecutive_hits
+        admitted = self.end_sigma <= sigma <= self.start_sigma and all(
+            state.calls > self.config.warmup_calls for state in states
+        )
         reuse = (
             change is not None
             and change < self.config.threshold
-            and self.end_sigma <= sigma <= self.start_sigma
-            and all(state.calls > self.config.warmup_calls for state in states)
+            and admitted
             and (limit < 0 or all(state.hits < limit for state in states))
         )
         for state in states:
@@ -106,7 +112,7 @@ class FirstBlockCache:
             if not reuse:
                 state.accumulated = 0.0
                 self._make_room(state, sigma)
-        return Decision(reuse, change)
+        return Decision(reuse, change, admitted)
 
     def apply(self, conditions: Sequence[Hashable], hidden: Tensor) -> Tensor:
         """The image tokens after the last block, (B, S, C), from those after the first, for a reused call."""

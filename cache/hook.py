@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from ..models import WARM_UP_KEY, call_options
-from ..report import Call, Run, Stopwatch
+from ..report import add
+from ..runs import Call, Run, finite
+from ..stopwatch import Stopwatch
 from .first_block import FirstBlockCache, sample_tokens
 
 CALL_KEY = "skein_cache_call"  # where the call in progress travels, in transformer_options
@@ -29,6 +31,7 @@ class _ModelCall:
         self.after_first: Tensor | None = None  # image after the first block; of a computed call
         self.reused: Tensor | None = None  # image after the last block; of a reused call
         self.record: Call | None = None
+        self.step = 0
 
 
 class CacheHook:
@@ -38,6 +41,8 @@ class CacheHook:
         self.cache = cache
         self.run = run
         self.stopwatch = stopwatch
+        self._numbers: dict[Hashable, int] = {}  # of the conditionings, in the order they came
+        self._schedule: list[float] | None = None  # the sampler's sigmas
 
     def around_model(self, execute: Callable, *args: Any, **kwargs: Any) -> Any:
         """DIFFUSION_MODEL wrapper: opens and closes a call."""
@@ -45,6 +50,7 @@ class CacheHook:
         if WARM_UP_KEY in options:
             return execute(*args, **kwargs)
         call = _ModelCall(_conditions(options), float(options["sigmas"].flatten()[0]))
+        call.step = self._step(options.get("sample_sigmas"), call.sigma)
         options[CALL_KEY] = call
         stop = self.stopwatch.start()
         try:
@@ -53,8 +59,17 @@ class CacheHook:
             options.pop(CALL_KEY, None)
         if call.record is not None:
             stop(call.record)
-            self.run.calls.append(call.record)
+            add(self.run, call.record, self.stopwatch.look())
         return output
+
+    def _step(self, schedule: Tensor | None, sigma: float) -> int:
+        """The step that a call at this sigma belongs to. Reads the schedule once, when the device is idle anyway."""
+        if schedule is None:
+            return 0
+        if self._schedule is None:
+            self._schedule = schedule.tolist()
+            self.run.steps = len(self._schedule) - 1
+        return sum(each > sigma for each in self._schedule[:-1])
 
     def first_block(self, args: dict, block: Block) -> dict:
         """Runs the first block and decides from what it changed."""
@@ -68,7 +83,15 @@ class CacheHook:
         call.image_tokens = image.shape[1]
         call.signature = sample_tokens(image) - before
         decision = self.cache.decide(call.conditions, call.signature, call.sigma)
-        call.record = Call(call.sigma, decision.change, self.cache.config.threshold, decision.reuse)
+        call.record = Call(
+            call.sigma,
+            finite(decision.change),
+            self.cache.config.threshold,
+            decision.reuse,
+            admitted=decision.admitted,
+            parts=[self._numbers.setdefault(each, len(self._numbers)) for each in call.conditions],
+            step=call.step,
+        )
         if decision.reuse:
             call.reused = self.cache.apply(call.conditions, image)
         else:

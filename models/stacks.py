@@ -4,6 +4,7 @@ An architecture is known by the class of its diffusion model in ComfyUI. Hunyuan
 image-to-video variants, HunyuanVideo 1.5 (double blocks only) and HunyuanImage 2.1 are all one class there.
 """
 
+import math
 from dataclasses import dataclass
 
 BlockKey = tuple[str, int]  # a key of ComfyUI's patches_replace["dit"]
@@ -11,18 +12,25 @@ BlockKey = tuple[str, int]  # a key of ComfyUI's patches_replace["dit"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """Attributes of a model that hold its blocks and their number of heads, and parts of a block that compute shifts
-    and scales."""
+    """Attributes of a model that hold its blocks, their number of heads, the width of a token and its size in a latent;
+    and parts of a block that compute shifts and scales."""
 
     double_blocks: str
     single_blocks: str
     heads: str
+    width: str
+    patch: str
     modulation: tuple[str, ...]
 
 
 _ARCHITECTURES = {
     "comfy.ldm.hunyuan_video.model.HunyuanVideo": Architecture(
-        "double_blocks", "single_blocks", "num_heads", modulation=("img_mod", "txt_mod", "modulation")
+        "double_blocks",
+        "single_blocks",
+        "num_heads",
+        "hidden_size",
+        "patch_size",
+        modulation=("img_mod", "txt_mod", "modulation"),
     ),
 }
 
@@ -36,6 +44,12 @@ class BlockStack:
     double: int
     single: int
     heads: int
+    width: int
+    patch: tuple[int, ...]
+
+    def tokens(self, latent: tuple[int, ...]) -> int:
+        """How many image tokens a latent (B, C, T, H, W) has."""
+        return math.prod(math.ceil(length / step) for length, step in zip(latent[2:], self.patch))
 
     @property
     def keys(self) -> list[BlockKey]:
@@ -66,6 +80,8 @@ def find_stack(diffusion_model: object) -> BlockStack:
                 double=len(getattr(diffusion_model, architecture.double_blocks)),
                 single=len(getattr(diffusion_model, architecture.single_blocks)),
                 heads=getattr(diffusion_model, architecture.heads),
+                width=getattr(diffusion_model, architecture.width),
+                patch=tuple(getattr(diffusion_model, architecture.patch)),
             )
     raise ValueError(
         f"Skein does not know the blocks of {type(diffusion_model).__name__} models; "

@@ -15,6 +15,7 @@ class AttentionNode(io.ComfyNode):
             node_id="SkeinAttention",
             display_name="Attention (Skein)",
             category="Skein",
+            search_aliases=["flash attention", "sage attention", "cudnn", "attention kernel"],
             description=(
                 "Runs attention on the fastest exact kernel that this GPU has, and cuts padded text away so that no "
                 "attention mask is needed. The node shows which kernel runs and why."

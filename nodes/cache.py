@@ -15,6 +15,7 @@ class FirstBlockCacheNode(io.ComfyNode):
             node_id="SkeinFirstBlockCache",
             display_name="First-Block Cache (Skein)",
             category="Skein",
+            search_aliases=["first block cache", "FBCache", "TeaCache", "WaveSpeed", "speed up"],
             description=(
                 "Skips most of the model in steps where its first block barely changes, and adds what the skipped "
                 "blocks did in earlier steps instead. Works with every sampler; connect it between the loader and the "

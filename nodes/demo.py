@@ -12,6 +12,7 @@ class DemoPromptNode(io.ComfyNode):
             node_id="SkeinDemoPrompt",
             display_name="Demo Prompt (Skein)",
             category="Skein/demo",
+            search_aliases=["demo model", "skein demo"],
             description="Encodes a prompt for the embedded demo model, which knows some 24 words.",
             inputs=[
                 io.String.Input(

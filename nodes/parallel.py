@@ -16,6 +16,7 @@ class ContextParallelNode(io.ComfyNode):
             node_id="SkeinContextParallel",
             display_name="Context Parallel (Skein)",
             category="Skein",
+            search_aliases=["multi GPU", "multigpu", "ulysses", "ring attention", "xDiT", "distributed"],
             description=(
                 "Samples on several GPUs at once: worker processes, one a GPU, share each video's tokens. Works with "
                 "every sampler, with previews and interrupts; connect it between the loader and the sampler."
@@ -66,6 +67,7 @@ class ReleaseWorkersNode(io.ComfyNode):
             node_id="SkeinReleaseWorkers",
             display_name="Release Workers (Skein)",
             category="Skein",
+            search_aliases=["free GPUs", "unload workers", "multi GPU"],
             description=(
                 "Ends the worker processes of Context Parallel when the latent arrives, so that their memory is free "
                 "for what comes after. ComfyUI's own unload does the same."

@@ -12,13 +12,16 @@ class LatentVideoPreviewNode(io.ComfyNode):
             node_id="SkeinLatentVideoPreview",
             display_name="Latent Video Preview (Skein)",
             category="Skein",
+            search_aliases=["latent2rgb", "latent to rgb", "preview without VAE"],
             description=(
                 "Turns a latent video into small RGB frames by the model's own latent-to-RGB factors: a quick look "
                 "without loading a VAE. One frame per latent frame."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="Any model that the latent was made with; gives the factors."),
-                io.Latent.Input("samples"),
+                io.Latent.Input(
+                    "samples", tooltip="The latent to look at; of a video, one frame for each of its frames."
+                ),
                 io.Int.Input(
                     "scale",
                     default=1,

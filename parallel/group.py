@@ -23,16 +23,23 @@ from typing import Any
 
 import torch
 
-from .. import report
+from .. import live, report
+from .protocol import EVERYBODY
 from .transport import Channel
 
 logger = logging.getLogger("skein")
 
 HERE = Path(__file__).resolve().parent
 START_SECONDS = 300.0
+ROOM_SECONDS = 600.0
 LOOK_SECONDS = 0.05  # how often a wait looks at the interrupt
 TELL_SECONDS = 0.5  # how long after a failure others may still tell of theirs, which may be the cause
 NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+STATES = {  # of workers asked to
+    "load": live.LOADING, "begin": live.LOADING, "call": live.RUNNING, "end": live.READY,
+    "take_vae": live.LOADING, "decode_strip": live.RUNNING, "decode_tile": live.RUNNING,
+    "room": live.READY, "make_room": live.READY,
+}  # fmt: skip
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # ComfyUI may have put cudaMallocAsync there
 
 
@@ -42,15 +49,28 @@ class GroupError(RuntimeError):
 
 @dataclass(frozen=True)
 class Setting:
-    """What makes a group: another setting is another group. options: of ComfyUI's command line."""
+    """What makes a group: another setting is another group.
+
+    devices: of this machine. degrees: see Mesh. options: of ComfyUI's command line, as JSON. nodes, endpoint: machines,
+    and host:port of this one's launcher where there are several.
+    """
 
     comfyui: str
     devices: tuple[str, ...]
-    ulysses: int
-    options: str  # JSON
+    degrees: tuple[int, int]
+    options: str
+    nodes: int = 1
+    endpoint: str = ""
 
     def threads(self) -> int:
         return max((os.cpu_count() or 1) // len(self.devices), 1)
+
+    def rendezvous(self) -> list[str]:
+        """Arguments of torchrun: where the machines meet."""
+        if self.nodes == 1:
+            return ["--standalone", "--local-addr=127.0.0.1"]
+        host, port = self.endpoint.rsplit(":", 1)
+        return [f"--nnodes={self.nodes}", "--node-rank=0", f"--master-addr={host}", f"--master-port={port}"]
 
 
 class Group:
@@ -63,12 +83,16 @@ class Group:
         self.model: Any = None  # what the workers have loaded, and the patches on it: for the caller to note
         self.patches: Any = None
         self.holder: Any = None  # whose model it is
+        self.resident = False  # whether the model is on the devices, as far as this process has asked for it
+        self.vae: Any = None  # what makes the VAE that the workers have
+        self.last_run: dict = {}  # in numbers
         self.pids: dict[int, int] = {}  # of the workers on this machine, by rank
         self._check_interrupt = check_interrupt
         self._channels: dict[int, Channel] = {}
         self._waiting = ""  # the kind of the message whose answer has not come yet
         self._log: collections.deque[str] = collections.deque(maxlen=200)
         key = os.urandom(32)
+        live.workers_started(setting.devices)
         self._listener = Listener(("127.0.0.1", 0), backlog=64, authkey=key)
         self._process = self._launch(key)
         atexit.register(self.close)
@@ -79,14 +103,19 @@ class Group:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def world(self) -> int:
-        return len(self.setting.devices)
+        live.workers_changed(state=live.READY)
 
     def ask(self, kind: str, value: dict, seconds: float) -> Any:
-        """Have all workers do something; rank 0's answer, its tensors as views of shared memory.
+        """Have all workers do something; rank 0's answer, its tensors as views of shared memory. Raises as ask_all."""
+        return self.ask_all(kind, value, seconds)[0]
 
+    def ask_all(
+        self, kind: str, value: dict, seconds: float, progress: Callable[[int], None] = lambda amount: None
+    ) -> dict[int, Any]:
+        """Have all workers do something; the answers by rank, of every rank where the kind is one of EVERYBODY, and
+        else of the first. Their tensors are views of shared memory, until the next question.
+
+        progress: told of what is done, as rank 0 sees it.
         Raises GroupError if one of them fails or takes longer, torch.OutOfMemoryError if one has no memory left, and
         what check_interrupt raises: the workers then finish what they are at, and the next question waits for that.
         """
@@ -96,9 +125,15 @@ class Group:
         try:
             self._channels[0].send(kind, value)
         except OSError:
-            self._fail(0, "its connection broke")
+            self._fail(0, "gone")
         self._waiting = kind
-        return self._answer(seconds)
+        live.workers_stand(STATES[kind])
+        return self._answer(seconds, progress)
+
+    def give_room(self) -> int:
+        """Have the workers take their models off the devices; bytes that this frees where it frees least."""
+        self.resident = False
+        return min(answer["freed"] for answer in self.ask_all("make_room", {}, ROOM_SECONDS).values())
 
     @property
     def alive(self) -> bool:
@@ -111,6 +146,8 @@ class Group:
 
     def close(self) -> None:
         """End all workers, now."""
+        if not self.closed:
+            live.workers_gone(None, live.ENDED)
         self.closed = True
         atexit.unregister(self.close)
         with suppress(OSError):
@@ -131,8 +168,7 @@ class Group:
         told = {
             "comfyui": setting.comfyui,
             "devices": setting.devices,
-            "threads": setting.threads(),
-            "ulysses": setting.ulysses,
+            "degrees": setting.degrees,
             "options": json.loads(setting.options),
             "address": self._listener.address,
             "key": key.hex(),
@@ -144,8 +180,8 @@ class Group:
         environment.setdefault("OMP_NUM_THREADS", str(setting.threads()))
         environment["SKEIN_WORKER"] = json.dumps(told)
         command = [
-            sys.executable, str(HERE / "launch.py"), "--standalone", "--local-addr=127.0.0.1",
-            f"--nproc-per-node={self.world}", "--max-restarts=0", str(HERE / "bootstrap.py"),
+            sys.executable, str(HERE / "launch.py"), *setting.rendezvous(),
+            f"--nproc-per-node={len(setting.devices)}", "--max-restarts=0", str(HERE / "bootstrap.py"),
         ]  # fmt: skip
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -157,6 +193,8 @@ class Group:
             text = line.decode(errors="replace").rstrip()
             self._log.append(text)
             logger.log(logging.INFO if text.startswith("[0] Skein") else logging.DEBUG, "%s", text)
+        if not self.closed:
+            live.workers_gone(None, live.FAILED, "They have ended by themselves; the next prompt starts new ones.")
 
     def _accept(self) -> None:
         from multiprocessing import AuthenticationError
@@ -172,22 +210,31 @@ class Group:
                 return  # closed
 
     def _await_ready(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
+        deadline, doing = time.monotonic() + START_SECONDS, "starting"
+        if self.setting.nodes > 1:
+            doing = f"waiting for {self.setting.nodes - 1} more machines to join at {self.setting.endpoint}"
+            logger.info("Skein workers: %s", doing)
         ready: set[int] = set()
-        while len(ready) < self.world:
-            kind, value, rank = self._next_message(deadline, "starting")
+        while len(ready) < len(self.setting.devices):
+            kind, value, rank = self._next_message(deadline, doing)
             if kind == "ready":
                 ready.add(rank)
                 self.pids[rank] = value["pid"]
+                live.workers_changed(rank, pid=value["pid"])
 
-    def _answer(self, seconds: float) -> Any:
-        deadline, kind = time.monotonic() + seconds, ""
-        while kind != "done":
-            kind, value, _ = self._next_message(deadline, self._waiting)
-            if kind in ("run", "show"):
+    def _answer(self, seconds: float, progress: Callable[[int], None] = lambda amount: None) -> dict[int, Any]:
+        deadline, answers = time.monotonic() + seconds, {}
+        ranks = range(len(self.setting.devices) if self._waiting in EVERYBODY else 1)
+        while any(rank not in answers for rank in ranks):
+            kind, value, rank = self._next_message(deadline, self._waiting)
+            if kind == "done":
+                answers[rank] = value
+            elif kind == "progress":
+                progress(value)
+            elif kind in report.KINDS:
                 report.receive(kind, value)
         self._waiting = ""
-        return value
+        return answers
 
     def _next_message(self, deadline: float, doing: str) -> tuple[str, Any, int]:
         """The next message of a worker that is not of a failure, and its rank."""
@@ -205,7 +252,7 @@ class Group:
             if self._process.poll() is not None:
                 self._fail(None, "gone", None)
             if time.monotonic() > deadline:
-                self._fail(None, "error", {"text": f"no answer in time ({doing or 'starting'})"})
+                self._fail(None, "error", {"text": f"no answer in time ({doing})"})
 
     def _read(self, rank: int) -> tuple[str, Any]:
         try:
@@ -234,9 +281,11 @@ class Group:
         logger.error("Skein workers: the end of their log:\n%s", "\n".join(self._log))
         rank, kind, value = next((failure for failure in failures if failure[1] == "gone"), failures[0])
         who = "The workers" if rank is None else f"Worker {rank} ({self.setting.devices[rank]})"
+        who = (value or {}).get("who", who)  # one on another machine, told of by the first
+        said = "ended without a word (killed, or out of host memory?)" if kind == "gone" else f"failed: {value['text']}"
+        live.workers_gone(None if "who" in (value or {}) else rank, live.FAILED, said)
         if kind == "full":
             raise torch.OutOfMemoryError(f"{who} ran out of memory: {value['text']}")
-        said = "ended without a word (killed, or out of host memory?)" if kind == "gone" else f"failed: {value['text']}"
         raise GroupError(f"{who} {said}. The next prompt starts new workers; the log has more.")
 
 
@@ -255,6 +304,12 @@ def group_for(setting: Setting, check_interrupt: Callable[[], None]) -> Group:
     return _group
 
 
+def running_group(devices: Sequence[str] | None = None) -> Group | None:
+    """The workers that run now, on these devices (None: any)."""
+    there = _group is not None and _group.alive and (devices is None or _group.setting.devices == tuple(devices))
+    return _group if there else None
+
+
 def release(holder: object = None) -> bool:
     """End the workers, if there are any and they have the holder's model (None: anybody's); whether it was so."""
     global _group
@@ -270,10 +325,10 @@ def visible_devices(names: Sequence[str]) -> tuple[str, ...]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if list(names) == ["all"]:
         if not count:
-            raise ValueError('Context Parallel found no GPU; name "cpu,cpu" as devices to try it on the CPU.')
+            raise ValueError('ComfyUI found no GPU; name "cpu,cpu" as devices to try it on the CPU.')
         return tuple(str(i) for i in range(count))
     missing = [name for name in names if name != "cpu" and int(name) >= count]
     if missing:
         there = f"0 to {count - 1}" if count > 1 else "0 only" if count else "none"
-        raise ValueError(f"Context Parallel: there is no GPU {', '.join(missing)} here ({there}).")
+        raise ValueError(f"There is no GPU {', '.join(missing)} here ({there}).")
     return tuple(names)

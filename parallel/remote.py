@@ -1,7 +1,8 @@
 """A model in the workers, seen from ComfyUI's process: a proxy takes its place, and its calls go out.
 
 The proxy is a second model without weights (its tensors are on the meta device): ComfyUI's sampling code finds
-everything that it asks of a model, loads nothing and moves nothing. When ComfyUI unloads it, the workers end.
+everything that it asks of a model, loads nothing and moves nothing. When ComfyUI unloads it, the workers end;
+when ComfyUI asks for some of its memory, they give that and stay.
 """
 
 import inspect
@@ -22,11 +23,13 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key
 from torch import Tensor, nn
 
+from .. import live
 from ..models import call_options, find_stack, share
 from ..patchers import clone_over, unload
 from ..plan import PLAN_KEY, Plan
 from ..report import show
-from .group import Group, Setting, group_for, release, visible_devices
+from .group import Group, Setting, group_for, release, running_group, visible_devices
+from .machines import machines
 from .protocol import OPTIONS, NotPlain, pack
 from .recipe import export_patches, recipe_of
 
@@ -57,7 +60,8 @@ def delegated(plan: Plan, guider) -> Iterator[None]:
         options = guider.model_options["transformer_options"]
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, wrapper, options)
         yield
-        group.ask("end", {}, CALL_SECONDS)
+        figures = group.last_run = wrapper.figures(group.ask("end", {}, CALL_SECONDS)["exchange_s"])
+        live.workers_changed(exchange_share=figures["exchange_s"] / max(figures["call_s"], 1e-9))
         show(config.node_id, wrapper.summary())
     finally:
         guider.model_patcher = source
@@ -71,17 +75,22 @@ def _ready(setting: Setting, recipe: dict, proxy: "Proxy", source: ModelPatcher,
     group = group_for(setting, memory.throw_exception_if_processing_interrupted)
     if group.model != recipe:
         assert plan.parallel is not None
-        show(plan.parallel.node_id, f"loading the model in {group.world} workers")
-        loaded = [entry for entry in memory.current_loaded_models if entry.model is not None]
-        proxies = [entry for entry in loaded if PROXY_KEY in vars(entry.model.model)]  # their unloading ends workers
-        memory.free_memory(1e30, source.load_device, keep_loaded=proxies)
+        show(plan.parallel.node_id, f"loading the model in {len(group.pids)} workers")
+        clear_own(source.load_device)
         group.model = group.patches = None
         group.ask("load", {"recipe": recipe}, LOAD_SECONDS)
         group.model = recipe
         seconds = time.perf_counter() - started
-        logger.info("Skein workers: %d ready in %.1f s (%s)", group.world, seconds, ", ".join(setting.devices))
+        logger.info("Skein workers: %d ready in %.1f s (%s)", len(group.pids), seconds, ", ".join(setting.devices))
     group.holder = proxy
     return group
+
+
+def clear_own(device: torch.device) -> None:
+    """Unload what this process has on a device, so that the workers have room there."""
+    loaded = [entry for entry in memory.current_loaded_models if entry.model is not None]
+    proxies = [entry for entry in loaded if PROXY_KEY in vars(entry.model.model)]  # their unloading ends workers
+    memory.free_memory(1e30, device, keep_loaded=proxies)
 
 
 def _begin(group: Group, source: ModelPatcher, plan: Plan) -> None:
@@ -91,6 +100,7 @@ def _begin(group: Group, source: ModelPatcher, plan: Plan) -> None:
     group.patches = None
     group.ask("begin", {"plan": asdict(plan), "patches": patches}, BEGIN_SECONDS)
     group.patches = source.patches_uuid
+    group.resident = True
 
 
 class _Caller:
@@ -123,6 +133,10 @@ class _Caller:
         self.seconds += time.perf_counter() - started
         return out
 
+    def figures(self, exchange_s: float) -> dict:
+        """The run in numbers. exchange_s: what the first worker spent on exchanges."""
+        return {"calls": self.calls, "call_s": self.seconds, "exchange_s": exchange_s}
+
     def summary(self) -> str:
         each = self.seconds / max(self.calls, 1)
         return f"{self.calls} calls on {', '.join(self.group.setting.devices)}: {each:.2f} s each"
@@ -152,6 +166,7 @@ class Proxy:
 
     def __init__(self, source: ModelPatcher):
         unload(source)
+        self.size = memory.module_size(source.model)
         self.model = share(source.model)
         _empty(self.model.diffusion_model)
         vars(self.model)[PROXY_KEY] = self
@@ -168,6 +183,19 @@ class Proxy:
 
     def _watch(self, patcher: ModelPatcher) -> None:
         patcher.add_callback_with_key(CallbacksMP.ON_DETACH, PLAN_KEY, self._detached)
+        vars(patcher)["loaded_size"], vars(patcher)["partially_unload"] = self._held, self._give
+
+    def _held(self) -> int:
+        """Bytes that ComfyUI may ask for without ending the workers: what they have of the model on the device."""
+        group = running_group()
+        idle = group is not None and group.holder is self and group.resident and not live.workers_are_busy()
+        return self.size if idle else 0
+
+    def _give(self, _device: Any, _bytes: float, *_rest: Any, **_options: Any) -> int:
+        """ComfyUI needs some of the device's memory: the workers give theirs, and load again when they sample."""
+        group = running_group()
+        assert group is not None
+        return group.give_room()
 
     def _detached(self, _patcher: ModelPatcher, unpatch_all: bool) -> None:
         """ComfyUI has unloaded the model: for memory, or because somebody asked for it."""
@@ -203,16 +231,26 @@ def _setting(plan: Plan, source: ModelPatcher) -> Setting:
     devices, heads = visible_devices(plan.parallel.device_names), find_stack(source.model.diffusion_model).heads
     if "cpu" not in devices and not torch.distributed.is_nccl_available():
         raise ValueError("Context Parallel needs NCCL, which PyTorch has on Linux; remove the node on this machine.")
-    ulysses, _ = plan.parallel.degrees(len(devices), heads)
+    nodes, endpoint = machines()
+    chosen = plan.parallel
+    degrees = chosen.degrees(len(devices), heads) if nodes == 1 else (chosen.ulysses_degree, chosen.ring_degree)
+    return worker_setting(devices, degrees, memory.module_size(source.model), nodes, endpoint)
+
+
+def worker_setting(
+    devices: tuple[str, ...], degrees: tuple[int, int], size: float, nodes: int = 1, endpoint: str = ""
+) -> Setting:
+    """Workers that load a model of so many bytes, with the options of ComfyUI's own process."""
     options = {name: value for name, value in vars(comfy.cli_args.args).items() if _is_json(value)}
     options["fast"] = sorted(feature.value for feature in getattr(comfy.cli_args.args, "fast", None) or ())
     if "cpu" in devices:
         options["cpu"] = True
     else:
         smallest = min(torch.cuda.get_device_properties(int(device)).total_memory for device in devices)
-        options["highvram"] = options["highvram"] or memory.module_size(source.model) < HOLDS * smallest
+        room = smallest - (options["reserve_vram"] or 0) * 2**30
+        options["highvram"] = options["highvram"] or size < HOLDS * room
     folder = str(Path(next(iter(comfy.__path__))).parent)
-    return Setting(folder, devices, ulysses, json.dumps(options, sort_keys=True))
+    return Setting(folder, devices, degrees, json.dumps(options, sort_keys=True), nodes, endpoint)
 
 
 def _is_json(value: object) -> bool:

@@ -12,46 +12,50 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention import attention_with_lse
-from .mesh import Mesh
+from .mesh import Arrangement, Mesh
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, text: int, tokens: list[int], mesh: Mesh) -> Tensor:
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, text: int, arrangement: Arrangement, tokens: list[int], mesh: Mesh
+) -> Tensor:
     """Attention of this rank's queries over all ranks' keys and values, as (B, T + S, h, D).
 
-    q, k, v: (B, h, T + S, D) with this rank's image. tokens: image tokens of each rank of the ring.
+    q, k, v: (B, h, T + S, D) with the image of this rank's Ulysses group. tokens: image tokens of each rank.
     """
-    rank, size = mesh.ring_rank, mesh.ring_size
+    rank, size, sizes = arrangement.ring_rank, arrangement.ring_size, arrangement.group_tokens(tokens)
     keys, values = k, v
     out = k.new_zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3], dtype=torch.float32)
     lse = out.new_full(q.shape[:3], float("-inf"))
     current = torch.stack((k[:, :, text:], v[:, :, text:]))
-    for step in range(size):
-        transfers = []
-        coming = q.new_empty(2, q.shape[0], q.shape[1], tokens[(rank - step - 1) % size], q.shape[3])
-        if step < size - 1:
-            transfers = _pass_on(current, coming, mesh)
-        out, lse = merge(out, lse, *attention_with_lse(q, keys, values))
-        for transfer in transfers:
-            transfer.wait()
+    for step in range(1, size):
+        coming = q.new_empty(2, q.shape[0], q.shape[1], sizes[(rank - step) % size], q.shape[3])
+        transfers = _pass_on(current, coming, arrangement)
+        lse = merge(out, lse, *attention_with_lse(q, keys, values))
+        with mesh.exchanging():
+            for transfer in transfers:
+                transfer.wait()
         current = coming
         keys, values = current
+    merge(out, lse, *attention_with_lse(q, keys, values))
     return out.to(q.dtype)
 
 
-def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from attention over each: outputs (B, S, h, D), log-sum-exp (B, h, S)."""
-    whole = torch.logaddexp(lse, other_lse)
-    mine, theirs = ((part - whole).exp().transpose(1, 2).unsqueeze(3) for part in (lse, other_lse))
-    return out * mine + other.float() * theirs, whole
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
+    """Attention over two sets of keys from attention over each: outputs (B, S, h, D), log-sum-exp (B, h, S).
+
+    `out`, in float32, becomes the whole's; returns its log-sum-exp.
+    """
+    out.lerp_(other.float(), torch.sigmoid(other_lse - lse).transpose(1, 2).unsqueeze(3))
+    return torch.logaddexp(lse, other_lse)
 
 
-def _pass_on(send: Tensor, receive: Tensor, mesh: Mesh) -> list[dist.Work]:
+def _pass_on(send: Tensor, receive: Tensor, arrangement: Arrangement) -> list[dist.Work]:
     """To the next rank of the ring, from the one before."""
-    following = mesh.ring_members[(mesh.ring_rank + 1) % mesh.ring_size]
-    before = mesh.ring_members[(mesh.ring_rank - 1) % mesh.ring_size]
+    members, rank, group = arrangement.ring_members, arrangement.ring_rank, arrangement.ring_group
+    following, before = members[(rank + 1) % len(members)], members[(rank - 1) % len(members)]
     return dist.batch_isend_irecv(
         [
-            dist.P2POp(dist.isend, send, following, group=mesh.ring_group),
-            dist.P2POp(dist.irecv, receive, before, group=mesh.ring_group),
+            dist.P2POp(dist.isend, send, following, group=group),
+            dist.P2POp(dist.irecv, receive, before, group=group),
         ]
     )

@@ -15,12 +15,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .mesh import Mesh, split
+from .mesh import Arrangement, Mesh, split
 from .ring import ring_attention
 from .ulysses import Ulysses
 
 Block = Callable[[dict], dict]
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # q, k, v (B, H, S, D), mask to (B, S, H, D)
+TRIAL_BYTES = 12  # memory of an attention's exchange or ring, for each byte of its queries
 Range = tuple[int, int | None, int]  # ComfyUI's modulation_dims: tokens from, to (None: the end), which modulation
 
 
@@ -83,7 +84,8 @@ class Sharding:
         self.call = None
         image = out["img"]
         text = image.shape[1] - call.tokens[self.mesh.rank]  # in front of a single block's image
-        whole = self.mesh.gather_tokens(image[:, text:], call.tokens)
+        with self.mesh.exchanging():
+            whole = self.mesh.gather_tokens(image[:, text:], call.tokens)
         return {**out, "img": torch.cat((image[:, :text], whole), dim=1) if text else whole}
 
     def around(self, attention: Attention) -> Attention:
@@ -98,18 +100,44 @@ class Sharding:
         call, mesh = self.call, self.mesh
         if call is None:
             return attention(q, k, v, mask)
-        size = mesh.ulysses_size
-        group = slice(mesh.ring_rank * size, (mesh.ring_rank + 1) * size)
-        heads = split(self.heads, size)
-        exchange = Ulysses(mesh.ulysses_group, mesh.ulysses_rank, heads, call.tokens[group], call.text)
-        q, k, v = exchange.to_heads(q, k, v)
-        if mesh.ring_size == 1:
-            out = attention(q, k, v, mask)
-        elif mask is None:
-            out = ring_attention(q, k, v, call.text, mesh.group_tokens(call.tokens), mesh)
-        else:
+        possible = [
+            each
+            for each in mesh.arrangements
+            if each.ulysses_size <= self.heads and (mask is None or each.ring_size == 1)
+        ]
+        if not possible:
             raise ValueError("Text with holes in its mask cannot go through a ring; set ring_degree to 1.")
-        return exchange.to_tokens(out)
+
+        def run(arrangement: Arrangement) -> Tensor:
+            return self._attend_in(arrangement, call, attention, q, k, v, mask)
+
+        if len(possible) == 1:
+            return run(possible[0])
+        problem = (q.shape[0], q.shape[1], q.shape[3], q.dtype, call.text, sum(call.tokens))  # not this rank's share
+        need = TRIAL_BYTES * q.numel() * q.element_size()
+        return run(mesh.fastest(possible, problem, need, run))
+
+    def _attend_in(
+        self, arrangement: Arrangement, call: _Call, attention: Attention, q: Tensor, k: Tensor, v: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The same in one arrangement of the ranks."""
+        size, mesh = arrangement.ulysses_size, self.mesh
+        group = slice(arrangement.ring_rank * size, (arrangement.ring_rank + 1) * size)
+        exchange = Ulysses(
+            arrangement.ulysses_group, arrangement.ulysses_rank, split(self.heads, size), call.tokens[group], call.text
+        )
+        if size > 1:
+            with mesh.exchanging():
+                q, k, v = exchange.to_heads(q, k, v)
+        if arrangement.ring_size == 1:
+            out = attention(q, k, v, mask)
+        else:
+            out = ring_attention(q, k, v, call.text, arrangement, call.tokens, mesh)
+        if size == 1:
+            return out
+        with mesh.exchanging():
+            return exchange.to_tokens(out)
 
 
 def own_ranges(ranges: list[Range], text: int, start: int, count: int) -> list[Range]:

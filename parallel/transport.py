@@ -63,7 +63,8 @@ class Channel:
             self._map(str(path), size)
             data = pack({"path": str(path), "size": size}, [])
             self.connection.send_bytes(encode("memory", data))
-            self.connection.recv_bytes()  # mapped
+            if json.loads(self.connection.recv_bytes())["kind"] != "mapped":
+                raise ConnectionError("the other side has something else to say")
         finally:
             path.unlink(missing_ok=True)
 

@@ -69,4 +69,4 @@ def _say(config: FP8Config, notes: list[str], log: bool = True) -> None:
     text = " ".join(notes)
     if log:
         logger.info("Skein %s", text)
-    show(config.node_id, text)
+    show(config.node_id, text, "fp8")

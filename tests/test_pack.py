@@ -33,8 +33,10 @@ NODES = [
     "SkeinCompile",
     "SkeinContextParallel",
     "SkeinReleaseWorkers",
+    "SkeinVAEDecodeParallel",
     "SkeinDemoPrompt",
     "SkeinLatentVideoPreview",
+    "SkeinCacheReport",
 ]
 
 

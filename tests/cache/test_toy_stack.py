@@ -8,7 +8,8 @@ import pytest
 import torch
 from skein.cache import CacheHook, FirstBlockCache
 from skein.plan import CacheConfig
-from skein.report import Run, Stopwatch
+from skein.runs import Run
+from skein.stopwatch import Stopwatch
 
 TEXT = 2  # text tokens in front of the image tokens in the last, single-stream block
 

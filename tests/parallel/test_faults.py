@@ -7,9 +7,11 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import comfy.model_management as memory
+import psutil
 import pytest
 import torch
 from checkpoints import SMALL, random_model, text
@@ -101,14 +103,10 @@ def test_a_rank_killed_while_starting_or_loading(model, expected, rank, _round):
 
     def kill():
         while not killed:
-            for process in Path("/proc").glob("[0-9]*"):
-                if f"RANK={rank}\0".encode() in read(process / "environ") and b"bootstrap.py" in read(
-                    process / "cmdline"
-                ):
-                    time.sleep(0.7 * (1 + _round % 5))  # importing, joining, loading
-                    os.kill(int(process.name), signal.SIGKILL)
-                    killed.append(time.monotonic())
-                    return
+            for pid in ranks_started(rank):
+                time.sleep(0.7 * (1 + _round % 5))  # importing, joining, loading
+                os.kill(pid, signal.SIGKILL)
+                killed.append(time.monotonic())
             time.sleep(0.01)
 
     thread = later(0, kill)
@@ -119,11 +117,12 @@ def test_a_rank_killed_while_starting_or_loading(model, expected, rank, _round):
     assert relative_error(run(model), expected) < 2e-6
 
 
-def read(path):
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
+def ranks_started(rank):
+    """Processes below this one that are workers of this rank."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if process.environ().get("RANK") == str(rank) and "bootstrap.py" in " ".join(process.cmdline()):
+                yield process.pid
 
 
 @pytest.mark.parametrize("_round", ROUNDS)

@@ -3,6 +3,8 @@
 Ordered by group, because starting one takes seconds; within a group another checkpoint is loaded in place.
 """
 
+import re
+
 import pytest
 import torch
 from checkpoints import SMALL, random_model, text, with_lora
@@ -10,7 +12,7 @@ from loras import relative_error
 from skein import engine
 from skein.demo.sampling import sample
 from skein.parallel import release
-from skein.plan import AttentionConfig, CacheConfig, ParallelConfig
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig
 from skein.report import recent_runs
 
 TOLERANCE = 2e-6
@@ -112,3 +114,19 @@ def test_padded_text_and_a_mask_with_holes(group, models):
     else:
         one, many = both(parallel, model, holes)
         assert relative_error(many, one) < TOLERANCE
+
+
+def test_fp8_and_compiled_blocks_in_the_workers(models):
+    """The plan is applied in each worker; FP8 rounds each token by itself, so sharing the tokens changes little."""
+    plan = dict(attention=AttentionConfig(), fp8=FP8Config(), compile=CompileConfig())
+    model, two = models(2), ParallelConfig("cpu,cpu")
+    one, many = both(lambda model, **plan: engine.edit(model, parallel=two, **plan), model, {}, **plan)
+    stock = sample(model, text(7), **SMALL)
+    assert relative_error(many, one) < 0.2 * relative_error(one, stock) and relative_error(one, stock) > 1e-3
+
+
+def test_the_fastest_arrangement_is_measured_and_told(models, caplog):
+    with caplog.at_level("INFO", logger="skein"):
+        sample(engine.edit(models(4), parallel=ParallelConfig("cpu,cpu,cpu,cpu")), text(7), **SMALL)
+    told = re.search(r"Ulysses \d x ring \d \(an attention with (.*)\)", caplog.text)
+    assert told and [re.search(r"Ulysses (\d)", each)[1] for each in told[1].split(", ")] == ["4", "2", "1"]

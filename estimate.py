@@ -1,0 +1,52 @@
+"""What sampling takes of each GPU's memory, told before it begins.
+
+The work of a call peaks in a block's perceptron, so it grows with the tokens that a GPU has, and with their width. The
+factors were fitted to peaks measured on a GPU (bench/memory.py prints both beside each other).
+"""
+
+from dataclasses import dataclass
+
+from .plan import Plan
+
+# Hidden states (tokens x width values) that a call holds at its peak, by how the blocks run.
+EAGER, COMPILED, COMPILED_FP8 = 14.2, 15.7, 13.3
+KEPT = 1.07  # for each that the cache keeps, its signature counted
+WHOLE = 1.0  # and, of several GPUs, on each: the whole video's tokens as the first block is given them
+FIXED = 20e6  # bytes: embedders, the latent
+
+
+@dataclass(frozen=True)
+class Load:
+    """The size of a model call. tokens: of the image; text: of the text; width: of a token; size: bytes of a value.
+
+    batch: samples in a call, conditionings counted (ComfyUI batches them where memory allows).
+    """
+
+    tokens: int
+    text: int
+    width: int
+    batch: int = 1
+    size: int = 2
+
+
+def work_bytes(load: Load, plan: Plan, world: int = 1) -> float:
+    """Bytes that sampling takes on each of `world` GPUs, without the weights."""
+    state = load.batch * load.width * load.size
+    own = load.tokens / world
+    blocks = EAGER if plan.compile is None else COMPILED if plan.fp8 is None else COMPILED_FP8
+    kept = KEPT * (plan.cache.order + 1) if plan.cache and plan.cache.threshold > 0 else 0
+    whole = WHOLE * load.tokens if world > 1 else 0
+    return state * ((own + load.text) * blocks + own * kept + whole) + FIXED
+
+
+def advice(load: Load, plan: Plan, total: float, world: int = 1) -> str:
+    """A sentence if a GPU of `total` bytes cannot do it, be the weights wherever they are; "" if it can."""
+    need = work_bytes(load, plan, world)
+    if need <= total:
+        return ""
+    less = "fewer frames, a smaller size" + (", no First-Block Cache" if plan.cache else "")
+    more = f"more than {world} GPUs" if world > 1 else "several GPUs (Context Parallel)"
+    return (
+        f"Sampling needs about {need / 1e9:.0f} GB per GPU at this size, besides the model, and a GPU here has "
+        f"{total / 1e9:.0f} GB; try {less} or {more}."
+    )

@@ -1,0 +1,55 @@
+"""The VAE decode node."""
+
+from comfy_api.latest import io
+
+from ..plan import DECODE_MODES, DecodeConfig
+from ..vae.decode import decode
+
+DEFAULTS = DecodeConfig()
+
+
+def _size(name: str, least: int, step: int, tooltip: str) -> io.Int.Input:
+    """A size as ComfyUI's VAE Decode (Tiled) has it."""
+    default = getattr(DEFAULTS, name)
+    return io.Int.Input(name, default=default, min=least, max=4096, step=step, tooltip=tooltip, advanced=True)
+
+
+class VAEDecodeNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SkeinVAEDecodeParallel",
+            display_name="VAE Decode, Parallel (Skein)",
+            category="Skein",
+            search_aliases=["decode", "decode latent", "multi GPU", "tiled VAE", "latent to image"],
+            description=(
+                "Decodes a latent on all GPUs at once, to the same pixels as one: each decodes a strip of the frame. "
+                "On one GPU it is VAE Decode with faster norms and attention, a progress bar and an interrupt."
+            ),
+            inputs=[
+                io.Latent.Input("samples", tooltip="The latent to decode."),
+                io.Vae.Input("vae", tooltip="The VAE of HunyuanVideo, HunyuanVideo 1.5 or Wan; of others, tiles."),
+                io.Combo.Input(
+                    "mode",
+                    options=list(DECODE_MODES),
+                    default=DEFAULTS.mode,
+                    tooltip="whole: exact. tiled: less memory, and seams are blended. auto: whole where it fits.",
+                ),
+                io.String.Input(
+                    "devices",
+                    default=DEFAULTS.devices,
+                    tooltip='"all" GPUs, or their numbers: "0,1". "cpu,cpu" for two processes on the CPU.',
+                ),
+                _size("tile_size", 64, 32, "Side of a tile, in pixels."),
+                _size("overlap", 0, 32, "What neighbouring tiles share, in pixels."),
+                _size("temporal_size", 8, 4, "Frames of a tile."),
+                _size("temporal_overlap", 4, 4, "Frames that tiles share in time."),
+            ],
+            outputs=[io.Image.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, samples: dict, vae, mode: str, devices: str, **sizes: int) -> io.NodeOutput:
+        frames = decode(vae, samples["samples"], DecodeConfig(mode, devices, **sizes, node_id=cls.hidden.unique_id))
+        return io.NodeOutput(frames.flatten(0, -4))

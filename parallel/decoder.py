@@ -1,0 +1,46 @@
+"""A worker's VAE: built from the weights that ComfyUI's process sends, it decodes this rank's strip or tile."""
+
+from typing import Any
+
+import comfy.model_management as memory
+import comfy.sd
+import torch
+from torch import Tensor
+
+from .. import report
+from ..vae.strip import Strip
+from ..vae.whole import frames_of, pixels_of, quick
+from .mesh import Mesh
+
+
+class Decoder:
+    """The VAE of this rank. Only the pixels of this rank leave it."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+        self.vae: Any = None
+
+    def take_vae(self, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Build a VAE in the place of the one before. Raises ValueError if ComfyUI makes another of these weights."""
+        self.vae = None
+        self.vae = vae = comfy.sd.VAE(sd=dict(state), dtype=dtype)
+        built = {} if vae.first_stage_model is None else vae.get_sd()
+        if {name: value.shape for name, value in built.items()} != {name: value.shape for name, value in state.items()}:
+            raise ValueError(
+                "ComfyUI cannot build this VAE again from its weights alone; decode it on one device (its own number "
+                "in VAE Decode's devices)."
+            )
+
+    def decode_strip(self, latent: Tensor, dim: int, parts: list[int], need: int) -> Tensor:
+        """This rank's strip of the frames (B, T, H, W, 3), of a latent that is dealt out in these parts."""
+        memory.load_models_gpu([self.vae.patcher], memory_required=need, force_full_load=self.vae.disable_offload)
+        strip = Strip(dim, tuple(parts), self.mesh.rank)
+        return torch.stack(list(frames_of(self.vae, latent, strip, lambda: None, report.progress)))
+
+    def decode_tile(self, latents: list[Tensor], need: int) -> Tensor | None:
+        """The pixels (1, 3, T, H, W) of this rank's tile among at most as many tiles as there are ranks."""
+        if self.mesh.rank >= len(latents):
+            return None
+        memory.load_models_gpu([self.vae.patcher], memory_required=need, force_full_load=self.vae.disable_offload)
+        with quick(self.vae):
+            return pixels_of(self.vae, latents[self.mesh.rank])

@@ -1,0 +1,74 @@
+"""What a run did, as plain data: its model calls, and what can be said of them."""
+
+import math
+import time
+import uuid
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass
+class Call:
+    """One model call. `change` is the relative change that decided, None where nothing could be compared;
+    `ms` is the time of the call on the device, None until it is known.
+
+    For estimates of other thresholds: `admitted` tells whether the call lay where calls may be reused at all (range,
+    warm-up), `parts` are the numbers of the conditionings in its batch, `step` is the sampling step it belongs to.
+    """
+
+    sigma: float
+    change: float | None
+    threshold: float
+    reused: bool
+    ms: float | None = None
+    admitted: bool = True
+    parts: list[int] = field(default_factory=lambda: [0])
+    step: int = 0
+
+
+@dataclass
+class Run:
+    """The calls of one sampling run under the first-block cache."""
+
+    calls: list[Call] = field(default_factory=list)
+    node_id: str | None = None
+    started: float = field(default_factory=time.time)  # seconds since the epoch
+    seconds: float = 0.0
+    finished: bool = False  # False after an exception or an interrupt
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    steps: int | None = None  # sampling steps in all, where the sampler tells
+    limit: int = -1  # max_consecutive_hits
+    accumulate: bool = False
+    ended: bool = False
+    error: str | None = None  # why it stopped early
+
+    @property
+    def reused(self) -> int:
+        return sum(call.reused for call in self.calls)
+
+    @property
+    def computed(self) -> int:
+        return len(self.calls) - self.reused
+
+    @property
+    def speedup(self) -> float:
+        """Estimated: the time had every call taken what the computed ones took (median), over the time taken."""
+        computed = sorted(call.ms for call in self.calls if not call.reused and call.ms is not None)
+        total = sum(call.ms for call in self.calls if call.ms is not None)
+        if not computed or not total:
+            return 1.0
+        return computed[len(computed) // 2] * len(self.calls) / total
+
+    def summary(self) -> str:
+        return (
+            f"{len(self.calls)} model calls: {self.computed} computed, {self.reused} reused, "
+            f"about {self.speedup:.2f}x faster"
+        )
+
+    def as_dict(self) -> dict:
+        """JSON-ready: every field, the summary's numbers included."""
+        return {**asdict(self), "reused": self.reused, "computed": self.computed, "speedup": self.speedup}
+
+
+def finite(value: float | None) -> float | None:
+    """The value if it is a number that JSON can carry."""
+    return value if value is not None and math.isfinite(value) else None

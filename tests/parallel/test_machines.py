@@ -1,0 +1,129 @@
+"""Workers on several machines, here two launchers that meet on loopback: three ranks give what one process gives.
+
+The second machine is `joiner`, which does what the README tells people to do there: torchrun in a loop.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import comfy
+import psutil
+import pytest
+import torch
+from checkpoints import SMALL, random_model, text
+from loras import relative_error
+from skein import engine
+from skein.demo.sampling import sample
+from skein.parallel import GroupError, group, release
+from skein.parallel.machines import ENDPOINT, NODES, machines
+from skein.plan import ParallelConfig
+
+BOOTSTRAP = Path(__file__).resolve().parents[2] / "parallel" / "bootstrap.py"
+
+
+class Joiner:
+    """A machine that joins again and again, with one CPU worker."""
+
+    def __init__(self, port, nodes=2):
+        comfyui = Path(next(iter(comfy.__path__))).parent
+        self.command = [
+            sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--node-rank=1",
+            "--master-addr=127.0.0.1", f"--master-port={port}", "--nproc-per-node=1", str(BOOTSTRAP),
+            "--comfyui", str(comfyui), "--devices", "cpu",
+        ]  # fmt: skip
+        self.ended = False
+        self.process = None
+        threading.Thread(target=self.join_in, daemon=True).start()
+
+    def join_in(self):
+        while not self.ended:
+            self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self.process.wait()
+
+    def workers(self):
+        try:
+            return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
+        except psutil.Error:
+            return []
+
+    def end(self):
+        self.ended = True
+        self.process.terminate()
+        self.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    with torch.inference_mode():
+        return random_model(tmp_path_factory.mktemp("checkpoints"), 3)
+
+
+@pytest.fixture
+def joiner(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv(NODES, "2")
+    monkeypatch.setenv(ENDPOINT, f"127.0.0.1:{port}")
+    machine = Joiner(port)
+    yield machine
+    machine.end()
+    release()
+
+
+def run(model):
+    return sample(engine.edit(model, parallel=ParallelConfig("cpu,cpu")), positive=text(7), **SMALL)
+
+
+def gone(pids, seconds):
+    deadline = time.monotonic() + seconds
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_two_machines(joiner, model):
+    """The same result; the second run finds the workers; a worker lost there is told of, and the machine joins again;
+    releasing ends the workers on both."""
+    expected = sample(model, text(7), **SMALL)
+    assert relative_error(run(model), expected) < 2e-6
+    first = joiner.workers()
+    assert len(first) == 1 and relative_error(run(model), expected) < 2e-6 and joiner.workers() == first
+
+    os.kill(first[0], signal.SIGKILL)
+    with pytest.raises(GroupError, match="Worker"):
+        for _ in range(20):
+            run(model)
+    assert relative_error(run(model), expected) < 2e-6
+
+    again = joiner.workers() + list(group._group.pids.values())
+    joiner.ended = True
+    release()
+    assert gone(again, 10)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "endpoint", "message"),
+    [
+        ("two", "", "SKEIN_NNODES must be a number of machines, not 'two'"),
+        ("0", "", "SKEIN_NNODES must be a number"),
+        ("2", "", "set SKEIN_RDZV_ENDPOINT to this machine's host:port"),
+        ("2", "somewhere", "host:port, not 'somewhere'"),
+    ],
+)
+def test_a_bad_environment_gets_a_sentence(nodes, endpoint, message, monkeypatch):
+    monkeypatch.setenv(NODES, nodes)
+    monkeypatch.setenv(ENDPOINT, endpoint)
+    with pytest.raises(ValueError, match=message):
+        machines()
+
+
+def test_one_machine_needs_no_endpoint(monkeypatch):
+    monkeypatch.delenv(NODES, raising=False)
+    assert machines() == (1, "")

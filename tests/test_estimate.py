@@ -1,0 +1,42 @@
+"""The estimate of memory against peaks that bench/memory.py measured, and what it says of a GPU that is too small."""
+
+import pytest
+from skein.estimate import Load, advice, work_bytes
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan
+
+ATTENTION = Plan(attention=AttentionConfig())
+COMPILED = Plan(attention=AttentionConfig(), compile=CompileConfig())
+CACHED = Plan(CacheConfig(), AttentionConfig(), None, CompileConfig())
+ALL = Plan(CacheConfig(), AttentionConfig(), FP8Config(), CompileConfig())
+MEASURED = [  # plan, image tokens, samples in a call, GB; one H200, torch 2.11, ComfyUI 0.30.0, 2 + 2 blocks
+    (Plan(), 118_800, 1, 10.736),
+    (ATTENTION, 118_800, 1, 10.017),
+    (COMPILED, 118_800, 1, 11.466),
+    (CACHED, 118_800, 1, 13.803),
+    (ALL, 118_800, 1, 11.969),
+    (ATTENTION, 61_200, 1, 5.159),
+    (ATTENTION, 34_680, 2, 5.767),
+    (CACHED, 34_680, 2, 8.144),
+    (ALL, 67_320, 1, 6.841),
+    (ALL, 39_750, 2, 8.114),
+    (ATTENTION, 8_280, 1, 0.705),
+]
+LARGE = Load(118_800, 256, 3072)
+
+
+@pytest.mark.parametrize(("plan", "tokens", "batch", "peak"), MEASURED)
+def test_measured_peaks(plan, tokens, batch, peak):
+    assert work_bytes(Load(tokens, 60, 3072, batch), plan) / 1e9 == pytest.approx(peak, rel=0.1)
+
+
+def test_each_gpu_takes_less_of_a_shared_video_and_never_nothing():
+    needs = [work_bytes(LARGE, CACHED, world) for world in (1, 2, 4, 8)]
+    assert needs == sorted(needs, reverse=True) and needs[3] > LARGE.tokens * LARGE.width * 2
+
+
+def test_the_sentence():
+    assert advice(LARGE, CACHED, 80e9) == ""
+    said = advice(LARGE, CACHED, 12e9)
+    assert "needs about 14 GB per GPU" in said and "12 GB" in said and "no First-Block Cache" in said
+    shared = advice(LARGE, Plan(parallel=ParallelConfig()), 3e9, world=4)
+    assert "more than 4 GPUs" in shared and "Cache" not in shared

@@ -1,0 +1,187 @@
+"""Live events and routes of a real server, as a program without a browser meets them."""
+
+import http.client
+import json
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import websocket
+from graphs import SAMPLER, seeded
+from skein import events, live
+from skein.demo.run import node_id
+from skein.report import add
+from skein.runs import Call, Run
+
+
+@contextmanager
+def listening(server):
+    """Within: the messages of Skein that a program on the websocket gets, with when they came."""
+    arrived, ended = [], threading.Event()
+    channel = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId=listener", timeout=120)
+    assert server.post("/skein/listen", {"client_id": "listener", "listen": True}) == {}
+
+    def listen():
+        while not ended.is_set():
+            message = channel.recv()
+            event = json.loads(message) if isinstance(message, str) else {"type": "binary"}
+            if event["type"] != "skein.events":
+                continue
+            arrived.append((time.monotonic(), event["data"]))
+            if any(each["kind"] == "sampling" and not each["sampling"]["running"] for each in event["data"]["events"]):
+                ended.set()
+
+    threading.Thread(target=listen, daemon=True).start()
+    yield arrived
+    assert ended.wait(60)
+    channel.close()
+
+
+def test_a_run_as_events(server, prompt):
+    """Every event once, in order, small, at most ten messages a second; together they are what the routes say."""
+    start = server.get("/skein/status")
+    with listening(server) as arrived:
+        server.run(seeded(prompt, 301))
+    status = server.get("/skein/status")
+    messages = [data for _, data in arrived]
+    told = [event for message in messages for event in message["events"]]
+    numbers = [event["seq"] for event in told]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert start["seq"] < numbers[0] and numbers[-1] <= status["seq"]
+    assert all(len(json.dumps(message)) < 16_000 for message in messages)
+    times = [when for when, _ in arrived]
+    assert all(later - earlier > 0.9 for earlier, later in zip(times, times[10:]))  # eleven take a second
+
+    run = status["runs"][-1]
+    calls = {event["index"]: event["call"] for event in told if event["kind"] == "call" and event["run"] == run["id"]}
+    assert [calls[i]["sigma"] for i in range(6)] == [call["sigma"] for call in run["calls"]]
+    assert [calls[i]["reused"] for i in range(6)] == [call["reused"] for call in run["calls"]]
+    kinds = [event["kind"] for event in told]
+    assert kinds.count("sampling") >= 1 and kinds.count("step") == 6 and "processes" in kinds
+    begun = next(event["sampling"] for event in told if event["kind"] == "sampling")
+    assert begun["running"] and begun["techniques"] == ["cache"]
+
+
+def test_nothing_is_sent_unasked(server, prompt):
+    """Who has not asked, has asked no more, or has come back on a new connection gets nothing: it reads the status."""
+    address, ask = f"ws://127.0.0.1:{server.port}/ws?clientId=silent", {"client_id": "silent", "listen": True}
+    channel = websocket.create_connection(address, timeout=120)
+    server.post("/skein/listen", ask)
+    channel.close()
+    time.sleep(1)  # ComfyUI takes the client off its list when it sees that
+    channel = websocket.create_connection(address, timeout=120)
+    before = server.get("/skein/status")["seq"]
+    server.run(seeded(prompt, 302))
+    server.post("/skein/listen", ask)
+    server.post("/skein/listen", {**ask, "listen": False})
+    server.run(seeded(prompt, 303))
+    after = server.get("/skein/status")
+    assert after["seq"] > before + 12 and after["runs"][-1]["ended"]
+    channel.settimeout(1)
+    with pytest.raises(websocket.WebSocketTimeoutException):
+        while True:
+            assert "skein.events" not in str(channel.recv())
+    channel.close()
+
+
+def test_telling_costs_microseconds():
+    """What a model call pays for being told of, without a server: the same work up to the look for a listener."""
+    run = Run()
+    live.begun(run)
+    call = Call(0.5, 0.01, 0.06, True, 1.0)
+    started = time.perf_counter()
+    for _ in range(1000):
+        live.step(lambda: None)
+        add(Run(), call, [call])
+    assert (time.perf_counter() - started) / 1000 < 1e-3
+    run.ended = True
+    assert events._pending == []
+
+
+def answer(server, method, path, body=None, headers=None):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.request(method, path, body, headers or {})
+    response = connection.getresponse()
+    text = response.read()
+    connection.close()
+    return response.status, json.loads(text) if text.startswith(b"{") else text.decode()
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "headers", "status", "sentence"),
+    [
+        ("GET", "/skein/runs/nonesuch", None, {}, 404, "There is no run of this id"),
+        ("GET", "/skein/runs/%00%ff", None, {}, 404, "There is no run of this id"),
+        ("GET", "/skein/runs?limit=0", None, {}, 400, "from 1 to 16"),
+        ("GET", "/skein/runs?limit=-1", None, {}, 400, "from 1 to 16"),
+        ("GET", f"/skein/runs?limit={'9' * 5000}", None, {}, 400, "from 1 to 16"),
+        ("GET", "/skein/runs?limit=1e3", None, {}, 400, "from 1 to 16"),
+        ("GET", "/skein/runs?limit=%D9%A3", None, {}, 400, "from 1 to 16"),  # a digit of another script
+        ("POST", "/skein/listen", "{}", JSON, 400, '"client_id": a string, "listen": true or false'),
+        ("POST", "/skein/listen", '{"client_id": "nonesuch", "listen": true}', JSON, 404, "connect to /ws"),
+        ("POST", "/skein/listen", '{"client_id": 1, "listen": true}', JSON, 400, "nothing else in it"),
+        ("POST", "/skein/listen", '{"client_id": "a", "listen": 1}', JSON, 400, "nothing else in it"),
+        ("POST", "/skein/release", "{}", {}, 415, "Content-Type"),
+        ("POST", "/skein/release", "{}", {"Content-Type": "text/plain"}, 415, "Content-Type"),
+        ("POST", "/skein/release", "not json", JSON, 400, "no JSON"),
+        ("POST", "/skein/release", "[" * 4000, JSON, 400, "no JSON"),
+        ("POST", "/skein/release", "[]", JSON, 400, "nothing else in it"),
+        ("POST", "/skein/release", "0", JSON, 400, "nothing else in it"),
+        ("POST", "/skein/release", '{"rank": 1e999}', JSON, 400, "nothing else in it"),
+        ("POST", "/skein/release", '{"a": "' + "x" * 10_000 + '"}', JSON, 413, "too large"),
+        ("POST", "/skein/release", "{}", {**JSON, "Sec-Fetch-Site": "same-site"}, 403, "ComfyUI's own page"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else None,
+)
+def test_bad_requests_get_a_sentence(server, method, path, body, headers, status, sentence):
+    got, said = answer(server, method, path, body, headers)
+    assert got == status and sentence in said["error"]
+    assert server.alive()
+
+
+@pytest.mark.parametrize("origin", ["https://elsewhere.example", "http://127.0.0.1:1", "null"])
+@pytest.mark.parametrize("path", ["/skein/release", "/api/skein/release"])
+def test_another_origin_cannot_release(server, path, origin):
+    """Whether ComfyUI refuses it, which has no sentence, or the route does."""
+    assert answer(server, "POST", path, "{}", {**JSON, "Origin": origin})[0] == 403
+    assert answer(server, "POST", path, "{}", {**JSON, "Origin": origin, "Sec-Fetch-Site": "cross-site"})[0] == 403
+
+
+def test_getting_changes_nothing(server):
+    assert 400 <= answer(server, "GET", "/skein/release")[0] < 500
+
+
+def test_release_and_status_without_workers(server):
+    own = {**JSON, "Origin": f"http://127.0.0.1:{server.port}"}
+    for headers in (JSON, own, {**own, "Sec-Fetch-Site": "same-origin"}):
+        assert answer(server, "POST", "/skein/release", "{}", headers)[0] == 200
+    runs = server.get("/skein/runs")["runs"]
+    assert server.get("/skein/runs?limit=1")["runs"] == runs[-1:]
+    if runs:
+        assert server.get(f"/skein/runs/{runs[-1]['id']}") == runs[-1]
+
+
+def test_status_in_the_middle_of_a_run_and_after_an_interrupt(server, prompt):
+    graph = seeded(prompt, 304)
+    graph[node_id(graph, SAMPLER)]["inputs"]["steps"] = 200
+    server.submit(graph)
+    deadline = time.monotonic() + 120
+    while not (
+        (status := server.get("/skein/status"))["runs"]
+        and status["runs"][-1]["calls"]
+        and status["sampling"]["running"]
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    run = status["runs"][-1]
+    assert not run["ended"] and run["steps"] == 200
+    assert run["id"] not in [each["id"] for each in server.get("/skein/runs")["runs"]]  # those have ended
+    threading.Thread(target=server.interrupt).start()
+    while (status := server.get("/skein/status"))["sampling"]["running"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert status["runs"][-1]["ended"] and status["runs"][-1]["error"] == status["sampling"]["error"] == "interrupted"

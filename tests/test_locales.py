@@ -1,0 +1,66 @@
+"""Texts in other languages: complete, in step with the nodes and the panel, served by ComfyUI."""
+
+import json
+import re
+
+import pytest
+from pack import ROOT
+
+import locales
+
+LANGUAGES = sorted(folder.name for folder in locales.LOCALES.iterdir())
+PANEL_TEXT = re.compile(r'\bt\(\s*"([^"]*)"')
+
+
+@pytest.fixture(scope="module")
+def texts(server):
+    return locales.node_texts(server.get("/object_info"))
+
+
+def panel_texts():
+    """Every text that web/*.js asks a translation for."""
+    sources = "\n".join(path.read_text() for path in sorted((ROOT / "web").glob("*.js")))
+    return set(PANEL_TEXT.findall(sources))
+
+
+def shape(value):
+    return {key: shape(item) for key, item in value.items()} if isinstance(value, dict) else None
+
+
+def test_english_and_chinese_are_there():
+    assert LANGUAGES == ["en", "zh"]
+
+
+def test_english_is_what_the_nodes_say(texts):
+    english = json.loads((locales.LOCALES / "en" / "nodeDefs.json").read_text())
+    assert english == texts, "run: python3 scripts/dev.py scripts/locales.py"
+
+
+def test_every_input_and_node_says_what_it_is(texts):
+    for name, node in texts.items():
+        assert node["description"] and node["display_name"].endswith("(Skein)"), name
+        for key, each in node["inputs"].items():
+            assert each["tooltip"].endswith("."), f"{name}.{key} has no tooltip"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_node_input_and_output_is_translated(texts, language, server):
+    ours = json.loads((locales.LOCALES / language / "nodeDefs.json").read_text())
+    assert shape(ours) == shape(texts)
+    served = server.get("/i18n")[language]["nodeDefs"]
+    assert {name: served[name] for name in ours} == ours
+
+
+def test_every_text_of_the_panel_is_translated(server):
+    chinese = json.loads((locales.LOCALES / "zh" / "main.json").read_text())["skein"]
+    wanted = panel_texts()
+    assert len(wanted) > 50 and set(chinese) == wanted
+    for english, text in chinese.items():
+        assert text and sorted(re.findall(r"{\w+}", text)) == sorted(re.findall(r"{\w+}", english)), english
+    assert server.get("/i18n")["zh"]["skein"] == chinese
+
+
+def test_search_finds_the_nodes_by_other_names(server):
+    nodes = {name: node for name, node in server.get("/object_info").items() if name.startswith("Skein")}
+    assert all(node.get("search_aliases") for node in nodes.values())
+    assert all(node["category"].split("/")[0] == "Skein" for node in nodes.values())

@@ -1,0 +1,84 @@
+"""The Cache Report node and its picture: what is drawn is what the run was."""
+
+import json
+
+import numpy as np
+import pytest
+from graphs import CACHE, SAMPLER, seeded
+from PIL import Image, ImageColor
+from skein.demo.run import node_id
+from skein.demo.server import PromptError
+from skein.picture import COMPUTED, REUSED, THRESHOLD, draw_run
+from skein.runs import Call, Run
+
+
+def pixels(image, colour):
+    """Where an image has a colour, as rows and columns."""
+    array = np.asarray(image.convert("RGB")).astype(int)
+    return np.argwhere(np.abs(array - ImageColor.getrgb(colour)).max(axis=2) < 12)
+
+
+def run_of(changes, threshold=0.06):
+    return Run([Call(1 - i / 10, c, threshold, c is not None and c < threshold, 10.0) for i, c in enumerate(changes)])
+
+
+def columns(found, width):
+    """How many separate marks stand side by side below the legend."""
+    below = found[found[:, 0] > 0.2 * width / 2]
+    taken = np.unique(below[:, 1])
+    return 0 if not len(taken) else 1 + int((np.diff(taken) > 3).sum())
+
+
+def test_every_call_is_drawn_in_its_colour_and_place():
+    image = draw_run(run_of([None, 0.2, 0.02, 0.1, 0.03, 0.04]), 960, 480)
+    reused, computed, line = (pixels(image, colour) for colour in (REUSED, COMPUTED, THRESHOLD))
+    assert columns(reused, 960) == 3 and columns(computed, 960) == 3  # the first is a ring on the axis
+    height = np.median(line[line[:, 0] > 96][:, 0])
+    assert reused[reused[:, 0] > 96][:, 0].min() > height  # reused: below the threshold
+    drawn = computed[(computed[:, 0] > 96) & (computed[:, 1] > 200)]
+    assert drawn[:, 0].max() < height
+    assert image.size == (960, 480)
+
+
+@pytest.mark.parametrize("size", [(256, 192), (4096, 192), (256, 4096)])
+@pytest.mark.parametrize("changes", [[None], [None, None], [None, 0.0, 0.5], [None, *[0.06] * 1000]], ids=len)
+def test_odd_runs_and_sizes_are_drawn(changes, size):
+    assert draw_run(run_of(changes), *size).size == size
+    assert draw_run(run_of(changes, threshold=1.0), *size).size == size
+
+
+def test_a_run_without_calls_is_refused():
+    with pytest.raises(ValueError, match="no model calls"):
+        draw_run(Run())
+
+
+def with_report(graph):
+    """The graph with a report, its picture saved and its numbers kept."""
+    sources = {"model": [node_id(graph, CACHE), 0], "latent": [node_id(graph, SAMPLER), 0]}
+    graph["report"] = {"class_type": "SkeinCacheReport", "inputs": {**sources, "width": 640, "height": 320}}
+    graph["save"] = {"class_type": "SaveImage", "inputs": {"images": ["report", 0], "filename_prefix": "report"}}
+    graph["text"] = {"class_type": "PreviewAny", "inputs": {"source": ["report", 1]}}
+    return graph
+
+
+def test_the_node_reports_the_run_that_made_the_latent(server, prompt):
+    outputs = server.run(with_report(seeded(prompt, 401)))
+    numbers = json.loads(outputs["text"]["text"][0])
+    run = server.get("/skein/runs")["runs"][-1]
+    assert numbers == run and len(numbers["calls"]) == 6
+    with Image.open(server.file(outputs["save"]["images"][0])) as image:
+        assert image.size == (640, 320)
+        assert columns(pixels(image, REUSED), 640) == run["reused"]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "sentence"), [(0.0, "its threshold is 0"), (None, "no First-Block Cache on this")]
+)
+def test_a_model_without_a_cache_gets_a_sentence(server, prompt, threshold, sentence):
+    graph = with_report(seeded(prompt, 402))
+    if threshold is None:
+        graph["report"]["inputs"]["model"] = graph[node_id(graph, CACHE)]["inputs"]["model"]
+    else:
+        graph[node_id(graph, CACHE)]["inputs"]["residual_diff_threshold"] = threshold
+    with pytest.raises(PromptError, match=sentence):
+        server.run(graph)

@@ -1,0 +1,230 @@
+"""The panel in a real browser on a real server: a run as a person follows it, the slider, reload, both renderers."""
+
+import json
+
+import pytest
+from comfy_page import CACHE, SLOW, ComfyPage, demo_workflow
+from pack import ROOT
+from playwright.sync_api import expect
+
+DECIDE = """async (run) => {
+  const { decide, speedup } = await import('/extensions/skein/estimate.js');
+  return { decisions: decide(run, run.calls[0].threshold), all: decide(run, 10), speedup: speedup(run.calls) };
+}"""
+
+
+def recorded(run):
+    return [call["reused"] for call in run["calls"]]
+
+
+def test_a_run_is_followed_and_its_threshold_tried(browser, ui_server):
+    with ComfyPage(browser, ui_server) as comfy:
+        comfy.open_workflow(demo_workflow())
+        comfy.open_panel()
+        expect(comfy.panel.get_by_text("No run yet")).to_be_visible()
+        comfy.screenshot("empty")
+
+        comfy.queue()
+        comfy.wait_for_points(3)
+        seen = [comfy.points]
+        comfy.wait_for_state("running")
+        expect(comfy.panel.get_by_text("Expected at the end")).to_be_visible()
+        comfy.wait_for_points(seen[0] + 3)
+        seen.append(comfy.points)
+        comfy.wait_for_state("finished")
+        run = comfy.status()["runs"][-1]
+        assert seen[0] < seen[1] < comfy.points == len(run["calls"]) == 12  # it grew call by call
+        expect(comfy.panel.get_by_text(f"{run['speedup']:.2f}x", exact=True)).to_be_visible()
+        assert comfy.page.locator(".skein-drawing path").count() == run["reused"] > 0
+        assert comfy.page.locator(".skein-drawing circle").count() == run["computed"] > 0
+
+        curve = comfy.panel.get_by_role("group")
+        curve.hover()
+        expect(comfy.page.locator(".skein-tip")).to_contain_text("sigma")
+        curve.focus()
+        for _ in range(2):
+            comfy.page.keyboard.press("Home")
+        comfy.page.keyboard.press("ArrowRight")
+        tip = comfy.page.locator(".skein-tip")
+        expect(tip).to_contain_text("Call 2")
+        expect(tip).to_contain_text(f"{run['calls'][1]['change']:.3g}")
+        comfy.page.keyboard.press("Escape")
+        expect(tip).to_be_hidden()
+
+        check_slider(comfy, run)
+        check_report(comfy, run)
+        assert comfy.complaints() == [] and comfy.foreign_requests() == []
+
+
+def check_slider(comfy, run):
+    """Another threshold: what it would have reused, and into the node with it."""
+    assert comfy.widget() == 0.06
+    top = max(call["change"] or 0 for call in run["calls"]) + 0.001
+    comfy.move_slider(round(top + 0.001, 3))
+    comparable = sum(call["change"] is not None for call in run["calls"])
+    estimate = comfy.page.locator(".skein-estimate")
+    expect(estimate).to_contain_text(f"{comparable} of 12 reused")
+    assert comfy.page.locator(".skein-differs").count() == comparable - run["reused"]
+    comfy.move_slider(0.1)
+    comfy.screenshot("slider")
+    comfy.panel.get_by_role("button", name="Write 0.1 into the node").click()
+    expect(comfy.panel.get_by_text("counts from the next run on")).to_be_visible()
+    assert comfy.widget() == 0.1
+    slider = comfy.panel.get_by_role("slider")
+    slider.focus()
+    comfy.page.keyboard.press("ArrowRight")
+    expect(estimate).to_contain_text("0.101:")
+
+
+def check_report(comfy, run):
+    comfy.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    comfy.panel.get_by_role("button", name="Copy report").click()
+    expect(comfy.panel.get_by_text("in the clipboard")).to_be_visible()
+    copied = json.loads(comfy.page.evaluate("() => navigator.clipboard.readText()"))
+    assert copied["run"]["id"] == run["id"] and copied["run"]["calls"] == run["calls"]
+
+
+SETTINGS = [
+    {},
+    {"residual_diff_threshold": 0.2, "max_consecutive_hits": 1},
+    {"residual_diff_threshold": 0.3, "accumulate": True},
+    {"residual_diff_threshold": 0.3, "warmup_steps": 3, "start_percent": 0.2, "end_percent": 0.8},
+    {"residual_diff_threshold": 0.3, "cfg": 3.0, "max_consecutive_hits": 2, "accumulate": True},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_estimate_at_the_runs_own_threshold_is_the_run(browser, ui_server, prompt, settings):
+    """The slider's rule against real recorded runs, with every setting that decides."""
+    for node in prompt.values():
+        node["inputs"].update({name: value for name, value in settings.items() if name in node["inputs"]})
+    sampler = next(node for node in prompt.values() if node["class_type"] == "KSampler")
+    sampler["inputs"].update(steps=10, seed=len(str(settings)))
+    with ComfyPage(browser, ui_server) as comfy:
+        ui_server.run(prompt)
+        run = comfy.status()["runs"][-1]
+        assert len(run["calls"]) >= 10 and 0 < sum(recorded(run)) < len(run["calls"])
+        estimate = comfy.page.evaluate(DECIDE, run)
+        assert estimate["decisions"] == recorded(run)
+        assert estimate["speedup"] == pytest.approx(run["speedup"])
+        if not settings:
+            assert sum(estimate["all"]) == 9  # all but the first, which has nothing to compare with
+
+
+def test_a_reload_in_the_middle_of_a_run(browser, ui_server):
+    with ComfyPage(browser, ui_server) as comfy:
+        comfy.open_workflow(demo_workflow(seed=4, steps=24))
+        comfy.queue()
+        comfy.open_panel()
+        comfy.wait_for_points(3)
+        before = comfy.status()["runs"][-1]
+        comfy.load()
+        comfy.open_panel()
+        comfy.wait_for_points(len(before["calls"]))
+        assert not comfy.status()["runs"][-1]["ended"]  # still the same run
+        comfy.wait_for_state("finished")
+        run = comfy.status()["runs"][-1]
+        assert run["id"] == before["id"] and comfy.points == len(run["calls"]) == 24
+        assert comfy.complaints() == []
+
+
+def test_an_interrupted_run_and_a_run_without_the_cache(browser, ui_server, prompt):
+    with ComfyPage(browser, ui_server) as comfy:
+        comfy.open_workflow(demo_workflow(seed=5, steps=200))
+        comfy.open_panel()
+        comfy.queue()
+        comfy.wait_for_state("running")
+        comfy.wait_for_points(2)
+        ui_server.interrupt()
+        comfy.wait_for_state("stopped")
+        assert comfy.status()["runs"][-1]["error"] == "interrupted"
+        expect(comfy.page.locator(".skein-banner")).to_be_hidden()  # who interrupts knows
+
+        attention = {"kernel": "auto", "trim_text": True, "allow_8bit": False, "exact_steps": 2}
+        cache = next(node for node in prompt.values() if node["class_type"] == CACHE)
+        cache["class_type"], cache["inputs"] = "SkeinAttention", {**attention, "model": cache["inputs"]["model"]}
+        sampler = next(node for node in prompt.values() if node["class_type"] == "KSampler")
+        sampler["inputs"]["steps"] = 60
+        ui_server.submit(prompt)
+        expect(comfy.panel.get_by_text("no First-Block Cache")).to_be_visible(timeout=SLOW)
+        expect(comfy.page.locator(".skein-notes")).to_contain_text("FlashAttention-2 runs", timeout=SLOW)
+        comfy.screenshot("without-cache")
+        ui_server.interrupt()
+        expect(comfy.panel.get_by_text("no First-Block Cache")).to_be_hidden(timeout=SLOW)
+        assert comfy.complaints() == []
+
+
+@pytest.mark.parametrize("palette", ["dark", "light"])
+def test_the_vue_renderer_and_both_themes(browser, ui_server, palette):
+    """The threshold that the panel writes is the one that the node shows."""
+    settings = {"Comfy.VueNodes.Enabled": True, "Comfy.ColorPalette": palette}
+    with ComfyPage(browser, ui_server, settings, reduced_motion="reduce") as comfy:
+        comfy.open_workflow(demo_workflow(seed=6))
+        comfy.open_panel()
+        comfy.queue()
+        comfy.wait_for_state("finished")
+        comfy.move_slider(0.123)
+        comfy.panel.get_by_role("button", name="Write 0.123 into the node").click()
+        assert comfy.widget() == 0.123
+        node = comfy.page.locator("[data-node-id='2']")
+        expect(node).to_be_visible()
+        shown = "() => [...document.querySelectorAll(\"[data-node-id='2'] input\")].map((e) => Number(e.value))"
+        comfy.wait(f"({shown})().includes(0.123)")
+        colours = comfy.panel.evaluate(
+            "(e) => [getComputedStyle(e).color, getComputedStyle(document.body).backgroundColor]"
+        )
+        text, ground = (
+            sum(map(int, "".join(c if c.isdigit() else " " for c in colour).split()[:3])) for colour in colours
+        )
+        assert (text < ground) == (palette == "light"), colours
+        comfy.screenshot(f"vue-{palette}")
+        assert comfy.complaints() == [] and comfy.foreign_requests() == []
+
+
+def test_a_lost_connection_and_a_status_that_fails(browser, ui_server):
+    with ComfyPage(browser, ui_server) as comfy:
+        sockets = []
+
+        def through(socket):
+            if len(sockets) == 1:
+                expect(comfy.panel.get_by_text("The connection to ComfyUI is lost")).to_be_visible(timeout=SLOW)
+                comfy.screenshot("reconnecting")
+            sockets.append(socket)
+            socket.connect_to_server()
+
+        comfy.page.route_web_socket(lambda url: "/ws" in url, through)
+        comfy.page.route("**/skein/status", lambda route: route.fulfill(status=500, body="broken"))
+        comfy.load()
+        comfy.open_panel()
+        again = comfy.panel.get_by_role("button", name="Try again")
+        expect(comfy.panel.get_by_text("could not be read (HTTP 500)")).to_be_visible()
+        comfy.screenshot("error")
+        comfy.page.unroute("**/skein/status")
+        again.click()
+        expect(again).to_be_hidden()
+
+        sockets[0].close(code=1001, reason="test")
+        expect(comfy.panel.get_by_text("The connection to ComfyUI is lost")).to_be_visible(timeout=SLOW)
+        expect(comfy.panel.get_by_text("The connection to ComfyUI is lost")).to_be_hidden(timeout=SLOW)
+        assert len(sockets) == 2
+
+        sends = "(data) => app.api.dispatchEvent(new CustomEvent('skein.events', { detail: data }))"
+        for nonsense in (None, 5, {"events": 3}, {"events": [None, {"seq": "x"}, {"seq": 1e308, "kind": "call"}]}):
+            comfy.page.evaluate(sends, nonsense)
+        comfy.wait("document.querySelector('.skein-panel').dataset.connection === 'ready'")
+        assert [entry for entry in comfy.complaints() if "500" not in entry[1]] == []
+
+
+def test_the_panel_and_the_nodes_in_chinese(browser, ui_server):
+    chinese = json.loads((ROOT / "locales" / "zh" / "main.json").read_text())["skein"]
+    names = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text())
+    with ComfyPage(browser, ui_server, {"Comfy.Locale": "zh"}) as comfy:
+        comfy.open_workflow(demo_workflow())
+        comfy.open_panel()
+        expect(comfy.panel.get_by_role("button", name=chinese["Copy report"])).to_be_visible()
+        titles = comfy.page.evaluate("() => app.graph.nodes.map((node) => node.title)")
+        comfy.screenshot("chinese")
+        shown = comfy.page.evaluate("(type) => LiteGraph.registered_node_types[type].title", CACHE)
+        assert names[CACHE]["display_name"] in [shown, *titles]
+        assert comfy.complaints() == []
+    ui_server.post("/settings", {"Comfy.Locale": "en"})

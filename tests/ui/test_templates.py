@@ -1,0 +1,94 @@
+"""The shipped workflows in ComfyUI's template browser; the nodes' help pages."""
+
+import json
+
+import pytest
+from comfy_page import CACHE, ComfyPage
+from pack import ROOT
+from PIL import Image
+from playwright.sync_api import expect
+
+import workflows
+
+NODES = """() => ({
+  kinds: app.graph.nodes.map((node) => node.type),
+  unknown: app.graph.nodes.filter((node) => !LiteGraph.registered_node_types[node.type]).map((node) => node.type),
+  loose: [...app.graph.links.values()].filter((link) => !app.graph.getNodeById(link.origin_id)
+    || !app.graph.getNodeById(link.target_id)).length,
+  links: [...app.graph.links.values()].length,
+})"""
+
+
+@pytest.fixture(scope="module")
+def comfy(browser, ui_server):
+    version = ui_server.get("/system_stats")["system"]["comfyui_version"]
+    if tuple(map(int, version.split(".")[:2])) < (0, 30):
+        pytest.skip("these tests know the dialogs of ComfyUI 0.30's front end, not those of older ones")
+    Image.new("RGB", (64, 64)).save(ui_server.base / "input" / "example.png")  # what image-to-video starts from
+    with ComfyPage(browser, ui_server) as page:
+        yield page
+
+
+@pytest.mark.parametrize("name", workflows.names())
+def test_a_template_opens(comfy, name):
+    """With its thumbnail, without a missing node or a broken link; ComfyUI lists the models to download."""
+    page = comfy.page
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text("skein", exact=True).click()
+    card = dialog.get_by_test_id(f"template-workflow-{name}")
+    card.scroll_into_view_if_needed()
+    picture = card.locator("img").first
+    expect(picture).to_be_visible()
+    page.wait_for_function("(image) => image.naturalWidth >= 200", arg=picture.element_handle())
+    card.locator("img").first.click()
+    expect(dialog).to_be_hidden()
+
+    workflow = json.loads((workflows.UI / f"{name}.json").read_text())
+    page.wait_for_function("(count) => app.graph.nodes.length === count", arg=len(workflow["nodes"]))
+    opened = page.evaluate(NODES)
+    assert opened["unknown"] == [] and opened["loose"] == 0
+    assert sorted(opened["kinds"]) == sorted(node["type"] for node in workflow["nodes"])
+    assert opened["links"] == len(workflow["links"])
+    expect(page.get_by_text("missing node", exact=False)).to_have_count(0)
+
+    models = [m for node in workflow["nodes"] for m in node.get("properties", {}).get("models", [])]
+    if models:
+        page.get_by_role("button", name="View details").first.click()
+        overview = page.locator("body")
+        for model in models:
+            expect(overview).to_contain_text(model["name"])
+    comfy.screenshot(f"template-{name}")
+    assert comfy.complaints() == [] and comfy.foreign_requests() == []
+
+
+def test_every_help_page_shows_its_picture(comfy):
+    pages = sorted((ROOT / "web" / "docs").glob("*.md"))
+    for help_page in pages:
+        pictures = comfy.page.evaluate(
+            """async (name) => {
+              const answer = await fetch(`/extensions/skein/docs/${name}.md`);
+              const text = await answer.text();
+              const files = [...text.matchAll(/!\\[[^\\]]+\\]\\(([^)]+)\\)/g)].map((found) => found[1]);
+              return Promise.all(files.map((file) => new Promise((done) => {
+                const image = new Image();
+                image.onload = () => done(image.naturalWidth);
+                image.onerror = () => done(0);
+                image.src = `/extensions/skein/docs/${file}`;
+              })));
+            }""",
+            help_page.stem,
+        )
+        assert pictures and min(pictures) >= 200, help_page.name
+
+
+def test_the_help_of_a_node_opens_from_the_node(comfy):
+    page = comfy.page
+    page.evaluate(
+        "(type) => { const n = LiteGraph.createNode(type); app.graph.add(n); app.canvas.selectNode(n); }", CACHE
+    )
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.get_by_test_id("info-button").or_(page.get_by_role("button", name="Node Info")).first.click()
+    help_text = page.get_by_text("Choosing a threshold", exact=False).first
+    expect(help_text).to_be_visible()
+    comfy.screenshot("help")

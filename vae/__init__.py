@@ -1,0 +1,1 @@
+"""Decoding latents on one device or several, through ComfyUI's own VAE."""

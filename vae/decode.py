@@ -1,0 +1,206 @@
+"""What the node does: decides where and how a latent is decoded, and says so."""
+
+import logging
+import time
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_management as memory
+import torch
+from comfy.utils import ProgressBar
+from torch import Tensor
+
+from ..parallel.group import running_group, visible_devices
+from ..plan import DecodeConfig
+from ..report import show
+from . import remote
+from .attributes import changed
+from .estimate import room, whole_bytes
+from .families import Family, family_of
+from .strip import Strip
+from .tiles import Tiling, tiles_of, tiling_of
+from .whole import frames_of, quick
+
+logger = logging.getLogger("skein")
+
+ALONE = "name one device in devices to decode as ComfyUI does it"
+
+
+def decode(vae: Any, latent: Tensor, config: DecodeConfig) -> Tensor:
+    """Frames (B, T, H, W, 3), or images (B, H, W, 3), of a latent. Raises ValueError on what cannot be decoded so."""
+    vae.throw_exception_if_invalid()
+    if latent.is_nested:
+        latent = latent.unbind()[0]
+    if vae.latent_dim == 1 or vae.extra_1d_channel is not None or vae.output_channels == 2:
+        raise ValueError("This VAE decodes sound, not pictures; use VAE Decode Audio.")
+    started, devices = time.perf_counter(), _devices(vae, config)
+    run = _Alone(vae, latent, config) if devices is None else _Shared(vae, latent, config, devices)
+    frames, how = run.decode()
+    told = f"{how} on {run.where}, {time.perf_counter() - started:.1f} s"
+    logger.info("Skein VAE: %s", told)
+    show(config.node_id, told)
+    return frames
+
+
+def _devices(vae: Any, config: DecodeConfig) -> tuple[str, ...] | None:
+    """The workers' devices; None for ComfyUI's own process."""
+    names, group = config.device_names, running_group()
+    own = str(vae.device.index or 0) if vae.device.type == "cuda" else vae.device.type
+    if names == ["all"]:
+        if group is not None and len(group.setting.devices) > 1:
+            return group.setting.devices
+        if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
+            return None
+    return None if names == [own] else visible_devices(names)
+
+
+class _Decode:
+    """How to decode: whole where it is asked for, or where it may fit; else, or if it did not, in tiles."""
+
+    where: str
+
+    def __init__(self, vae: Any, latent: Tensor, config: DecodeConfig):
+        self.vae, self.latent, self.config = vae, latent, config
+        self.family: Family | None = family_of(vae) if latent.ndim == 5 else None
+
+    def decode(self) -> tuple[Tensor, str]:
+        """The frames, and how they were decoded."""
+        if self.config.mode == "tiled" or not self.fits():
+            return self.tiled(), "in tiles"
+        try:
+            return self.whole(), "whole"
+        except memory.OOM_EXCEPTION:
+            logger.warning("Skein VAE: there is not enough memory on %s to decode whole; in tiles now.", self.where)
+        memory.soft_empty_cache()
+        return self.tiled(), "in tiles, because memory ran out when whole,"
+
+    def fits(self) -> bool:
+        """Whether to try it whole."""
+        raise NotImplementedError
+
+    def whole(self) -> Tensor:
+        raise NotImplementedError
+
+    def tiled(self) -> Tensor:
+        raise NotImplementedError
+
+
+class _Alone(_Decode):
+    """In ComfyUI's own process."""
+
+    @property
+    def where(self) -> str:  # type: ignore[override]
+        return str(self.vae.device)
+
+    def fits(self) -> bool:
+        if self.family is None or self.config.mode == "whole":
+            return True
+        need = self._need()
+        free = room(self.vae.device)
+        if free < need:
+            _take_room(self.vae.device)
+            free = room(self.vae.device)
+        return free >= need
+
+    def _need(self) -> int:
+        assert self.family is not None
+        return whole_bytes(self.vae, self.family, self.latent.shape, 1) + self.vae.model_size()
+
+    def whole(self) -> Tensor:
+        vae, latent = self.vae, self.latent
+        if self.family is None:
+            return vae.decode(latent)
+        need = whole_bytes(vae, self.family, latent.shape, 1)
+        memory.load_models_gpu([vae.patcher], memory_required=need, force_full_load=vae.disable_offload)
+        bar = ProgressBar(latent.shape[0] * vae.upscale_ratio[0](latent.shape[2]))
+        strip, out = Strip(-1, (latent.shape[-1],)), None
+        interrupted = memory.throw_exception_if_processing_interrupted
+        for i, frames in enumerate(frames_of(vae, latent, strip, interrupted, bar.update)):
+            if out is None:
+                out = torch.empty((len(latent), *frames.shape), dtype=frames.dtype, device=vae.output_device)
+            out[i].copy_(frames)
+        assert out is not None
+        return out
+
+    def tiled(self) -> Tensor:
+        """ComfyUI's own tiled decoding, with a progress bar."""
+        vae, latent = self.vae, self.latent
+        tiling = tiling_of(vae, self.config)
+        frames, tile, _ = tiling.tile
+        sizes = {"tile_x": tile, "tile_y": tile, "overlap": tiling.overlap[1]}
+        if latent.ndim == 5:
+            sizes |= {"tile_t": frames, "overlap_t": tiling.overlap[0]}
+        with _counting_tiles(vae, latent, tiling):
+            return vae.decode_tiled(latent, **sizes)
+
+
+@contextmanager
+def _counting_tiles(vae: Any, latent: Tensor, tiling: Tiling):
+    """Within: each tile that ComfyUI decodes moves a progress bar, and an interrupt is seen between two."""
+    if latent.ndim != 5 or getattr(vae, "handles_tiling", False):
+        yield
+        return
+    bar, decode = ProgressBar(len(tiles_of(vae, latent, tiling))), vae.first_stage_model.decode
+
+    def decode_one(*args: Any, **kwargs: Any) -> Tensor:
+        memory.throw_exception_if_processing_interrupted()
+        out = decode(*args, **kwargs)
+        bar.update(1)
+        return out
+
+    with quick(vae), changed([(vae.first_stage_model, "decode", decode_one)]):
+        yield
+
+
+def _take_room(device: torch.device) -> None:
+    """Have the workers on this device give its memory back; they stay, and load again when they sample."""
+    group = running_group()
+    if group is not None and device.type == "cuda" and str(device.index or 0) in group.setting.devices:
+        group.give_room()
+
+
+class _Shared(_Decode):
+    """In the worker group."""
+
+    def __init__(self, vae: Any, latent: Tensor, config: DecodeConfig, devices: tuple[str, ...]):
+        super().__init__(vae, latent, config)
+        self.devices = devices
+        if latent.ndim != 5 or vae.latent_dim != 3:
+            raise ValueError(f"This VAE decodes single images, which several devices cannot share; {ALONE}.")
+        if self.family is None and getattr(vae, "handles_tiling", False):
+            raise ValueError(f"This VAE tiles by itself, which several devices cannot share; {ALONE}.")
+        if config.mode == "whole" and self.family is None:
+            raise ValueError(
+                f"The frames of a {type(vae.first_stage_model).__name__} cannot be cut; set mode to tiled."
+            )
+        if config.mode == "whole" and not self._wide_enough:
+            side = max(latent.shape[-2:])
+            raise ValueError(
+                f"The frame is {side} latent columns long, too few for {len(devices)} devices; name fewer."
+            )
+
+    @property
+    def _wide_enough(self) -> bool:
+        return max(self.latent.shape[-2:]) >= len(self.devices)
+
+    @property
+    def where(self) -> str:  # type: ignore[override]
+        return ", ".join(self.devices)
+
+    def fits(self) -> bool:
+        if self.config.mode == "whole" or self.family is None or not self._wide_enough:
+            return self.config.mode == "whole"
+        need = self._need(self.family)
+        return remote.room(remote.workers(self.devices, self.vae), need, self.vae.device) >= need
+
+    def _need(self, family: Family) -> int:
+        return whole_bytes(self.vae, family, self.latent.shape, len(self.devices)) + self.vae.model_size()
+
+    def whole(self) -> Tensor:
+        assert self.family is not None
+        need = whole_bytes(self.vae, self.family, self.latent.shape, len(self.devices))
+        return remote.decode_strips(remote.workers(self.devices, self.vae), self.vae, self.latent, need)
+
+    def tiled(self) -> Tensor:
+        group, tiling = remote.workers(self.devices, self.vae), tiling_of(self.vae, self.config)
+        return remote.decode_tiles(group, self.vae, self.latent, tiling)

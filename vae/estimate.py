@@ -1,0 +1,40 @@
+"""How much memory a decode takes, and how much there is."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.model_management as memory
+import torch
+
+from .families import Family
+from .layers import SCORES
+
+SCORE_BYTES = 10  # of an attention score, its probability, and that in 16 bits
+MARGIN = 1.05  # what the allocator loses between blocks
+
+
+def whole_bytes(vae: Any, family: Family, shape: Sequence[int], world: int) -> int:
+    """Bytes that decoding a latent of this shape (B, C, T, H, W) takes on each of `world` devices, beside the weights.
+
+    ComfyUI's own estimate of the layers, for the widest strip and corrected by what was measured; the attention scores
+    of the middle block; and the frames, once as they are decoded and once as ComfyUI wants them. Videos of a batch
+    follow one another.
+    """
+    _, channels, frames, *sides = shape
+    strip = [min(sides), -(-max(sides) // world)]
+    layers = family.memory_share * vae.memory_used_decode((1, channels, frames, *strip), vae.vae_dtype)
+    scores = min(SCORES, frames**2 * strip[0] * strip[1] * sides[0] * sides[1]) * SCORE_BYTES
+    count, *scale = vae.upscale_ratio
+    pixels = count(frames) * strip[0] * scale[0] * strip[1] * scale[1] * vae.output_channels
+    return int(MARGIN * (max(layers, scores) + pixels * (2 * vae.vae_dtype.itemsize + 4)))
+
+
+def tile_bytes(vae: Any, tile: Sequence[int]) -> int:
+    """Bytes that decoding a tile of this shape takes, as ComfyUI estimates it."""
+    return int(vae.memory_used_decode(tuple(tile), vae.vae_dtype))
+
+
+def room(device: torch.device) -> int:
+    """Bytes on a device that are free, or could be without the models that this process has there."""
+    loaded = [entry for entry in memory.current_loaded_models if entry.device == device and entry.model is not None]
+    return int(memory.get_free_memory(device) + sum(entry.model_loaded_memory() for entry in loaded))

@@ -1,0 +1,89 @@
+"""A VAE in the worker group, seen from ComfyUI's process: strips and tiles go out, pixels come back into one tensor."""
+
+import logging
+import weakref
+from collections import deque
+from typing import Any
+
+import comfy.model_management as memory
+import torch
+from comfy.utils import ProgressBar
+from torch import Tensor
+
+from .. import live
+from ..parallel.group import Group, group_for, running_group
+from ..parallel.machines import machines
+from ..parallel.mesh import split
+from ..parallel.remote import CALL_SECONDS, LOAD_SECONDS, clear_own, worker_setting
+from .estimate import tile_bytes
+from .strip import longer_side
+from .tiles import Tiling, blended, tiles_of
+
+logger = logging.getLogger("skein")
+
+
+def workers(devices: tuple[str, ...], vae: Any) -> Group:
+    """Workers on these devices that have this VAE: those that run, with whatever else they have, or new ones."""
+    if machines()[0] > 1:
+        raise ValueError("Workers on several machines do not decode; name one device in VAE Decode's devices.")
+    if vae.patcher.patches:
+        raise ValueError("A patched VAE cannot go to the workers; name one device in VAE Decode's devices.")
+    group = running_group(devices)
+    if group is None:
+        setting = worker_setting(devices, (0, 0), vae.model_size())
+        group = group_for(setting, memory.throw_exception_if_processing_interrupted)
+    if group.vae is None or group.vae() is not vae.first_stage_model:
+        group.vae = None
+        group.ask("take_vae", {"state": vae.get_sd(), "dtype": vae.vae_dtype}, LOAD_SECONDS)
+        group.vae = weakref.ref(vae.first_stage_model)
+    return group
+
+
+def room(group: Group, need: int, own: torch.device) -> int:
+    """Bytes free on the fullest of the group's devices; this process leaves its own if that is needed."""
+
+    def least() -> int:
+        return min(answer["free"] for answer in group.ask_all("room", {}, CALL_SECONDS).values())
+
+    free = least()
+    if free < need and str(own.index or 0) in group.setting.devices:
+        clear_own(own)
+        free = least()
+    return free
+
+
+def decode_strips(group: Group, vae: Any, latent: Tensor, need: int) -> Tensor:
+    """Frames (B, T, H, W, 3) of a latent, each rank decoding a strip."""
+    dim, world = longer_side(latent), len(group.setting.devices)
+    bar = ProgressBar(latent.shape[0] * vae.upscale_ratio[0](latent.shape[2]))
+    question = {"latent": latent, "dim": dim, "parts": split(latent.shape[dim], world), "need": need}
+    answers = group.ask_all("decode_strip", question, CALL_SECONDS, bar.update)
+    live.workers_stand(live.READY)
+    strips = [answers[rank] for rank in range(world)]
+    side = dim - 1  # colours come last
+    shape = list(strips[0].shape)
+    shape[side] = sum(strip.shape[side] for strip in strips)
+    out, first = torch.empty(shape, dtype=strips[0].dtype, device=vae.output_device), 0
+    for strip in strips:
+        out.narrow(side, first, strip.shape[side]).copy_(strip)
+        first += strip.shape[side]
+    return out
+
+
+def decode_tiles(group: Group, vae: Any, latent: Tensor, tiling: Tiling) -> Tensor:
+    """Frames (B, T, H, W, 3) of a latent, the tiles of ComfyUI's tiled decoding dealt out to the ranks."""
+    tiles = deque(tiles_of(vae, latent, tiling))
+    bar, decoded = ProgressBar(len(tiles)), deque[Tensor]()
+
+    def decode(_: Tensor) -> Tensor:
+        if not decoded:  # what came before has been blended, so its memory may be used again
+            latents = [tiles.popleft() for _ in range(min(len(tiles), len(group.setting.devices)))]
+            question = {"latents": latents, "need": max(tile_bytes(vae, each.shape) for each in latents)}
+            answers = group.ask_all("decode_tile", question, CALL_SECONDS)
+            decoded.extend(answers[rank] for rank in range(len(latents)))
+        bar.update(1)
+        return decoded.popleft()
+
+    out = blended(vae, latent, decode, tiling)
+    live.workers_stand(live.READY)
+    return out

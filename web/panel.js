@@ -1,0 +1,298 @@
+// The panel: a run's curve and figures, the slider, the processes. Draws what the store holds; changes nothing itself.
+
+import { card } from "./cards.js";
+import { Curve } from "./curve.js";
+import { h, renew, t, times } from "./dom.js";
+import { decide, expectedSpeedup, speedup, speedupOf } from "./estimate.js";
+
+const REDRAW_MS = 500; // between two pictures while a run goes on
+const TECHNIQUES = {
+  cache: "First-Block Cache",
+  attention: "Attention",
+  fp8: "FP8 Quantize",
+  compile: "Compile Blocks",
+  parallel: "Context Parallel",
+};
+
+/** One panel on the page. actions: release(), copy(text) and apply(run, threshold), each a promise of a sentence. */
+export class Panel {
+  constructor(store, actions) {
+    this.store = store;
+    this.actions = actions;
+    this.chosen = ""; // id of the run that is looked at; "" for the newest
+    this.threshold = null; // of the slider; null while it stands at the run's own
+    this.tried = null; // id of the run that the slider was moved on
+    this.build();
+    this.unsubscribe = store.subscribe(() => this.soon());
+    this.draw();
+  }
+
+  /** Take the panel off the page. */
+  end() {
+    this.unsubscribe();
+    this.curve.end();
+    clearTimeout(this.timer);
+    this.element.remove();
+  }
+
+  /** Draw what has changed, at once or as soon as it may. */
+  soon() {
+    this.timer ??= setTimeout(() => {
+      this.timer = null;
+      this.draw();
+    }, Math.max(this.drawn + REDRAW_MS - performance.now(), 0));
+  }
+
+  build() {
+    this.curve = new Curve();
+    this.banner = h("div", { class: "skein-banner", role: "alert", hidden: true });
+    this.select = h("select", {
+      "aria-label": t("Run"),
+      onchange: () => {
+        this.chosen = this.select.value;
+        this.threshold = null;
+        this.draw();
+      },
+    });
+    this.state = h("span", { class: "skein-state", role: "status" });
+    this.figures = h("dl", { class: "skein-summary" });
+    this.empty = h("div", { class: "skein-empty" });
+    this.slider = h("input", {
+      type: "range",
+      min: "0",
+      step: "0.001",
+      "aria-label": t("Threshold to try on this run"),
+      oninput: () => {
+        this.threshold = Number(this.slider.value);
+        this.tried = this.run.id;
+        this.said("");
+        this.draw();
+      },
+    });
+    this.estimate = h("output", { class: "skein-estimate" });
+    this.apply = h("button", { type: "button", class: "skein-primary", onclick: () => this.act(() => this.write()) });
+    this.message = h("p", { class: "skein-message", role: "status" });
+    this.cards = h("ul", { class: "skein-cards", "aria-label": t("Processes") });
+    this.notes = h("dl", { class: "skein-notes" });
+    this.release = h(
+      "button",
+      { type: "button", onclick: () => this.act(this.actions.release) },
+      t("Release workers"),
+    );
+    this.copy = h("button", { type: "button", onclick: () => this.act(() => this.report()) }, t("Copy report"));
+    this.fallback = h("textarea", { class: "skein-fallback", readonly: true, hidden: true, "aria-label": t("Report") });
+    this.element = this.layout();
+  }
+
+  layout() {
+    const legend = h(
+      "ul",
+      { class: "skein-legend" },
+      h("li", { class: "skein-key-title" }, t("Relative change of each model call")),
+      h("li", { class: "skein-key-computed" }, t("computed")),
+      h("li", { class: "skein-key-reused" }, t("reused")),
+      h("li", { class: "skein-key-differs" }, t("other than in the run")),
+    );
+    const assumption = t(
+      "An estimate from the recorded changes: a call that is reused instead of computed changes what later calls compare with.",
+    );
+    this.picture = h(
+      "div",
+      { class: "skein-picture" },
+      this.curve.element,
+      legend,
+      h("div", { class: "skein-try" }, h("span", {}, t("Threshold")), this.slider, this.estimate, this.apply),
+      h("p", { class: "skein-assumption" }, assumption),
+    );
+    return h(
+      "section",
+      { class: "skein-panel", "aria-label": "Skein" },
+      this.banner,
+      h(
+        "div",
+        { class: "skein-columns" },
+        h(
+          "div",
+          { class: "skein-main" },
+          h("header", {}, this.select, this.state, this.figures),
+          this.empty,
+          this.picture,
+        ),
+        h(
+          "aside",
+          { class: "skein-side" },
+          h("div", { class: "skein-buttons" }, this.release, this.copy),
+          this.message,
+          this.fallback,
+          this.cards,
+          this.notes,
+        ),
+      ),
+    );
+  }
+
+  /** The run that is looked at. */
+  get run() {
+    return this.store.runs.find((run) => run.id === this.chosen) ?? this.store.runs.at(-1);
+  }
+
+  draw() {
+    const { store, run } = this;
+    this.drawn = performance.now();
+    this.element.dataset.connection = store.connection;
+    this.drawBanner();
+    this.drawChoice();
+    const shown = Boolean(run?.calls.length) && !this.withoutCache();
+    this.picture.hidden = this.figures.hidden = !shown;
+    this.empty.hidden = shown;
+    if (shown) this.drawRun(run);
+    else renew(this.empty, this.emptyTexts(), emptyState);
+    this.drawState(run);
+    renew(this.cards, store.processes, (processes) => processes.map(card));
+    this.drawNotes();
+    const alive = store.processes.some((each) => each.rank !== null && !["ended", "failed"].includes(each.state));
+    const busy = store.sampling.running && store.sampling.techniques.includes("parallel");
+    this.release.disabled = !alive || busy || store.connection !== "ready";
+    this.release.title = busy ? t("The workers are sampling; interrupt the run first.") : "";
+    this.copy.disabled = !run;
+  }
+
+  drawBanner() {
+    const { connection, error, sampling } = this.store;
+    const again = h("button", { type: "button", onclick: () => this.store.refresh() }, t("Try again"));
+    const text = {
+      reconnecting: t("The connection to ComfyUI is lost; trying again. What you see is the last that is known."),
+      error: t("Skein's status could not be read ({error}).", { error }),
+      ready: sampling.error === "interrupted" ? "" : sampling.error,
+    }[connection];
+    this.banner.hidden = !text;
+    renew(this.banner, [text ?? "", connection], () => [text ?? "", connection === "error" ? again : ""]);
+  }
+
+  /** The list of runs, the newest first; built anew only when it changes, so that it stays open under the pointer. */
+  drawChoice() {
+    const name = (run) => {
+      const at = new Date(1000 * run.started).toLocaleTimeString();
+      const reused = run.calls.filter((call) => call.reused).length;
+      if (!run.ended) return t("{at}, running", { at });
+      const values = { at, reused, calls: run.calls.length };
+      return run.finished ? t("{at}, {reused} of {calls} reused", values) : t("{at}, stopped early", values);
+    };
+    const options = [["", t("Newest run")], ...this.store.runs.map((run) => [run.id, name(run)]).reverse()];
+    renew(this.select, options, () => options.map(([value, text]) => h("option", { value }, text)));
+    this.select.hidden = !this.store.runs.length;
+    this.select.value = this.store.runs.some((run) => run.id === this.chosen) ? this.chosen : "";
+  }
+
+  /** Whether what runs now has no cache, so that the newest run is an older one. */
+  withoutCache() {
+    const { running, techniques } = this.store.sampling;
+    return running && !this.chosen && !techniques.includes("cache");
+  }
+
+  /** What stands in the place of the curve: a title, or "", and lines. */
+  emptyTexts() {
+    const { connection, sampling } = this.store;
+    if (connection === "loading") return ["", t("Reading the status...")];
+    if (connection === "error") return ["", t("There is nothing to show.")];
+    if (this.withoutCache()) {
+      const calls = t("{calls} model calls so far.", { calls: sampling.calls });
+      return ["", t("What runs now has no First-Block Cache, so there is no curve."), calls];
+    }
+    if (sampling.running) return ["", t("Sampling begins; the curve appears with the first model call.")];
+    return [
+      t("No run yet"),
+      t("Put First-Block Cache (Skein) between the model loader and the sampler, and run."),
+      t("The templates of this pack are a start; skein_demo needs no download and no GPU."),
+    ];
+  }
+
+  drawState(run) {
+    const state = !run ? "" : !run.ended ? "running" : run.finished ? "finished" : "stopped";
+    const names = { running: t("running"), finished: t("finished"), stopped: t("stopped early"), "": "" };
+    if (this.state.textContent !== names[state]) this.state.textContent = names[state];
+    this.state.dataset.state = state;
+    this.state.hidden = !state || this.withoutCache();
+    this.state.title = run?.error ?? "";
+  }
+
+  drawRun(run) {
+    if (this.tried !== run.id) this.threshold = null;
+    const own = run.calls[0].threshold;
+    const threshold = this.threshold ?? own;
+    const decisions = decide(run, threshold);
+    this.curve.show(run, threshold, decisions);
+    const reused = run.calls.filter((call) => call.reused).length;
+    const figures = [
+      [t("Calls"), run.ended || !run.steps ? String(run.calls.length) : `${run.calls.length} / ${this.curve.expectedCalls()}`],
+      [t("Reused"), String(reused)],
+      run.ended ? [t("Speedup"), times(run.speedup)] : [t("Speedup so far"), times(speedup(run.calls))],
+      run.ended ? null : [t("Expected at the end"), times(expectedSpeedup(run))],
+    ];
+    renew(this.figures, figures, definitions);
+    this.drawSlider(run, own, threshold, decisions);
+  }
+
+  drawSlider(run, own, threshold, decisions) {
+    const largest = Math.max(own * 2, 0.05, ...run.calls.map((call) => call.change ?? 0));
+    this.slider.max = String(Math.min(Math.ceil(largest * 105) / 100, 1));
+    if (this.threshold === null) this.slider.value = String(own);
+    const reused = decisions.filter(Boolean).length;
+    const factor = speedupOf(run.calls, decisions);
+    const values = { value: threshold, reused, calls: run.calls.length, times: times(factor) };
+    this.estimate.textContent =
+      factor === null
+        ? t("{value}: {reused} of {calls} reused", values)
+        : t("{value}: {reused} of {calls} reused, about {times}", values);
+    this.slider.setAttribute("aria-valuetext", this.estimate.textContent);
+    this.apply.textContent = t("Write {value} into the node", { value: threshold });
+    this.apply.disabled = this.threshold === null;
+  }
+
+  drawNotes() {
+    const notes = Object.entries(this.store.sampling.notes).map(([about, text]) => [TECHNIQUES[about] ?? about, text]);
+    renew(this.notes, notes, definitions);
+  }
+
+  write() {
+    const { run } = this;
+    return this.actions.apply(run, this.threshold ?? run.calls[0].threshold);
+  }
+
+  async report() {
+    const { run, store } = this;
+    const text = JSON.stringify({ run, sampling: store.sampling, processes: store.processes }, null, 1);
+    this.fallback.hidden = true;
+    try {
+      return await this.actions.copy(text);
+    } catch {
+      // Pages over plain http have no clipboard.
+      this.fallback.value = text;
+      this.fallback.hidden = false;
+      this.fallback.focus();
+      this.fallback.select();
+      return t("The browser does not let a page write to the clipboard here; copy the selected text.");
+    }
+  }
+
+  /** Do something and say what came of it. */
+  async act(action) {
+    try {
+      this.said(await action());
+    } catch (error) {
+      this.said(error.message);
+    }
+  }
+
+  said(text) {
+    this.message.textContent = text;
+  }
+}
+
+function emptyState([title, ...lines]) {
+  return [title && h("strong", {}, title), ...lines.map((line) => h("p", {}, line))].filter(Boolean);
+}
+
+function definitions(pairs) {
+  return pairs.filter(Boolean).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)));
+}
