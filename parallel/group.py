@@ -29,7 +29,7 @@ from .transport import Channel
 
 logger = logging.getLogger("skein")
 
-HERE = Path(__file__).resolve().parent
+WORKER = Path(__file__).resolve().parent.parent / "worker"
 START_SECONDS = 300.0
 ROOM_SECONDS = 600.0
 LOOK_SECONDS = 0.05  # how often a wait looks at the interrupt
@@ -180,8 +180,8 @@ class Group:
         environment.setdefault("OMP_NUM_THREADS", str(setting.threads()))
         environment["SKEIN_WORKER"] = json.dumps(told)
         command = [
-            sys.executable, str(HERE / "launch.py"), *setting.rendezvous(),
-            f"--nproc-per-node={len(setting.devices)}", "--max-restarts=0", str(HERE / "bootstrap.py"),
+            sys.executable, str(WORKER / "launch.py"), *setting.rendezvous(),
+            f"--nproc-per-node={len(setting.devices)}", "--max-restarts=0", str(WORKER / "bootstrap.py"),
         ]  # fmt: skip
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

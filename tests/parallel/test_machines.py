@@ -24,7 +24,7 @@ from skein.parallel import GroupError, group, release
 from skein.parallel.machines import ENDPOINT, NODES, machines
 from skein.plan import ParallelConfig
 
-BOOTSTRAP = Path(__file__).resolve().parents[2] / "parallel" / "bootstrap.py"
+BOOTSTRAP = Path(__file__).resolve().parents[2] / "worker" / "bootstrap.py"
 
 
 class Joiner:

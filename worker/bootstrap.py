@@ -80,7 +80,7 @@ def main() -> None:
     pack = ModuleType("skein")
     pack.__path__ = [str(PACK)]
     sys.modules["skein"] = pack
-    from skein.parallel.worker import serve
+    from skein.worker.serve import serve
 
     serve(settings)
 

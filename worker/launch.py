@@ -3,7 +3,8 @@
     python launch.py <arguments of torchrun>
 
 Runs as a script and imports nothing of the pack. ComfyUI holds the other end of its standard input: the operating
-system closes it however ComfyUI ends, and that ends this process. Workers see this process go and end too (worker.py).
+system closes it however ComfyUI ends, and that ends this process. Workers see this process go and end too
+(bootstrap.py).
 """
 
 import os

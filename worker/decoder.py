@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import report
+from ..parallel.mesh import Mesh
 from ..vae.strip import Strip
 from ..vae.whole import frames_of, pixels_of, quick
-from .mesh import Mesh
 
 
 class Decoder:

@@ -1,0 +1,118 @@
+"""A worker's conversation with ComfyUI's process.
+
+Rank 0 talks to it and hands each message to the others; all then do the same. Whatever fails on any
+rank is told to ComfyUI's process, which ends the group.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import partial
+from multiprocessing.connection import Client
+from typing import Any
+
+import comfy.model_management as memory
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import devices, report
+from ..parallel.mesh import Mesh
+from ..parallel.protocol import EVERYBODY, decode, size_of
+from ..parallel.transport import Channel
+from . import machines
+from .worker import KINDS, Worker
+
+PATIENCE = timedelta(hours=1)  # for a collective; ComfyUI's process has deadlines of its own, and ends a stuck group
+FOREVER = timedelta(days=3650)  # for the next message
+LAST_SECONDS = 30  # what a worker that has failed waits for its end
+
+
+def serve(settings: dict) -> None:
+    """Join the group and do what ComfyUI's process asks, until it or the launcher is gone."""
+    rank, here = int(os.environ["RANK"]), not machines.is_away()
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=f"[{rank}] %(message)s", force=True)
+    channel = connect(settings, rank) if here else None
+    with ended_by_failure(channel.send if channel else partial(machines.last_words, rank)), torch.inference_mode():
+        if machines.across() and channel is None:
+            machines.keep_saying_alive(rank)
+        elif machines.across() and rank == 0 and channel:
+            machines.watch(range(int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])), channel.send)
+        device = memory.get_torch_device()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        mesh = Mesh(device, tuple(settings["degrees"]), PATIENCE)
+        mail: Any = dist.new_group(backend="gloo", timeout=FOREVER)
+        if channel:
+            channel.send("ready", {"pid": os.getpid()})
+        answer_questions(Worker(mesh), channel, mail)
+
+
+def answer_questions(worker: Worker, channel: Channel | None, mail: Any) -> None:
+    """Do what the messages say, on every rank alike. mail: a group for what is not on the device."""
+    first = channel if worker.mesh.rank == 0 else None
+    report.deliver_to(first.send if first else lambda kind, data: None)
+    while True:
+        kind, value = decode(*hand_out(first, worker.mesh, mail))
+        assert kind in KINDS
+        answer = getattr(worker, kind)(**value)
+        if kind != "call":
+            tell_memory(worker.mesh, mail)  # and so done on every rank
+        if channel and (first or kind in EVERYBODY):
+            channel.send("done", answer)
+
+
+def connect(settings: dict, rank: int) -> Channel:
+    """The channel to ComfyUI's process."""
+    connection = Client(tuple(settings["address"]), authkey=bytes.fromhex(settings["key"]))
+    channel = Channel(connection)
+    channel.send("hello", {"rank": rank})
+    return channel
+
+
+def hand_out(channel: Channel | None, mesh: Mesh, mail: Any) -> tuple[bytes, Tensor]:
+    """The next message on every rank, its tensors' bytes on this rank's device. channel: on the first rank."""
+    message, blob = channel.receive_raw() if channel else (b"", torch.empty(0, dtype=torch.uint8))
+    if mesh.world > 1:
+        length = torch.tensor([len(message)])
+        dist.broadcast(length, 0, group=mail)
+        text = torch.frombuffer(bytearray(message or bytes(int(length))), dtype=torch.uint8)
+        dist.broadcast(text, 0, group=mail)
+        message = text.numpy().tobytes()
+    size = size_of(message)
+    blob = blob.to(mesh.device) if channel else torch.empty(size, dtype=torch.uint8, device=mesh.device)
+    if mesh.world > 1 and size:
+        dist.broadcast(blob, 0)
+    return message, blob
+
+
+@contextlib.contextmanager
+def ended_by_failure(tell: Callable[[str, Any], None]) -> Iterator[None]:
+    """Within: an exception is told to ComfyUI's process, which then ends this one. The end of ComfyUI ends it too."""
+    try:
+        yield
+    except EOFError:
+        os._exit(0)
+    except BaseException as error:
+        traceback.print_exc(file=sys.stdout)
+        sys.stdout.flush()
+        kind = "full" if isinstance(error, memory.OOM_EXCEPTION) else "error"
+        told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError, EOFError, RuntimeError):
+            tell(kind, {"text": told})
+            # To be ended: leaving now would let the other ranks fail for lack of this one, and tell of that.
+            time.sleep(LAST_SECONDS)
+        os._exit(1)
+
+
+def tell_memory(mesh: Mesh, mail: Any) -> None:
+    """Report how full the devices of all ranks are. Waits for all of them."""
+    own = torch.tensor(devices.memory_of(mesh.device) or (-1, -1))
+    readings = [torch.empty_like(own) for _ in range(mesh.world)]
+    dist.all_gather(readings, own, group=mail)
+    known = [(rank, *(None if value < 0 else value for value in each.tolist())) for rank, each in enumerate(readings)]
+    report.memory([{"rank": rank, "used": used, "total": total} for rank, used, total in known])
