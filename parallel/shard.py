@@ -113,7 +113,8 @@ class Sharding:
 
         if len(possible) == 1:
             return run(possible[0])
-        problem = (q.shape[0], q.shape[1], q.shape[3], q.dtype, call.text, sum(call.tokens))  # not this rank's share
+        # Not this rank's share. A mask has arrangements of its own to choose from.
+        problem = (q.shape[0], q.shape[1], q.shape[3], q.dtype, call.text, sum(call.tokens), mask is not None)
         need = TRIAL_BYTES * q.numel() * q.element_size()
         return run(mesh.fastest(possible, problem, need, run))
 

@@ -130,3 +130,12 @@ def test_the_fastest_arrangement_is_measured_and_told(models, caplog):
         sample(engine.edit(models(4), parallel=ParallelConfig("cpu,cpu,cpu,cpu")), text(7), **SMALL)
     told = re.search(r"Ulysses \d x ring \d \(an attention with (.*)\)", caplog.text)
     assert told and [re.search(r"Ulysses (\d)", each)[1] for each in told[1].split(", ")] == ["4", "2", "1"]
+
+
+def test_a_mask_goes_through_no_ring_whatever_was_fastest_without_one(models):
+    mask = torch.ones(1, 9, dtype=torch.long)
+    mask[0, 5:8] = 0
+    model, four = models(4), ParallelConfig("cpu,cpu,cpu,cpu")
+    for positive in (text(9), text(9, attention_mask=mask)):
+        one, many = both(lambda model, **plan: engine.edit(model, parallel=four, **plan), model, {"positive": positive})
+        assert relative_error(many, one) < TOLERANCE
