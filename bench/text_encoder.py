@@ -3,8 +3,8 @@
     python3 -m bench.text_encoder [--small]
 
 HunyuanVideo's text encoders as ComfyUI loads them (Llama 3 of 8 B parameters in bfloat16, and CLIP-L), random weights;
---small: CLIP-L alone, to see that it runs. Random weights have no outliers, so the error says how FP8 rounds and not what
-a picture loses. Ends with one JSON line.
+--small: CLIP-L alone, to see that it runs. Random weights have no outliers, so the error says how FP8 rounds and not
+what a picture loses. Ends with one JSON line.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def encode(clip: comfy.sd.CLIP) -> torch.Tensor:
 
 
 def measure(build) -> tuple[dict, torch.Tensor]:
-    """An encoder's figures, the first of which include what build does, and the embedding of TEXT (1, tokens, width)."""
+    """An encoder's figures, and the embedding of TEXT (1, tokens, width). first_s includes what build does."""
     cuda = torch.cuda.is_available()
     memory.unload_all_models()
     memory.soft_empty_cache(force=True)
