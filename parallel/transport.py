@@ -19,6 +19,7 @@ from torch import Tensor
 from .protocol import decode, encode, layout, pack, size_of, write
 
 SMALLEST = 1 << 24  # bytes of shared memory to start with
+ROOM_TO_GROW = 1 << 26  # at most, beyond what a message needs: a VAE's weights travel once
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -57,7 +58,7 @@ class Channel:
         """Shared memory of at least so many bytes, mapped by both sides."""
         if size <= self._blob.numel():
             return
-        size = max(SMALLEST, 2 * size)
+        size = max(SMALLEST, size + min(size, ROOM_TO_GROW))
         path = shared_file(size)
         try:
             self._map(str(path), size)
