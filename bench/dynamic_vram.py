@@ -29,7 +29,6 @@ import comfy.model_management  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
 from skein import engine  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
@@ -87,9 +86,7 @@ def main() -> None:
     comfy.memory_management.aimdo_enabled = True
     rows = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        checkpoint = f"{folder}/random.safetensors"
-        save_file({name: value.clone() for name, value in models.random_state_dict(2, 4).items()}, checkpoint)
-        model = comfy.sd.load_diffusion_model(checkpoint)
+        model = comfy.sd.load_diffusion_model(models.random_checkpoint(folder, 2, 4))
         arguments = dict(latent=torch.zeros(models.latent_shape(480, 272, 17)), steps=4)
         stock = sample(model, models.conditioning(60), **arguments)
         for name, plan in PLANS.items():

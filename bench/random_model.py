@@ -5,6 +5,7 @@ and repeated, which saves host memory and changes no timing.
 """
 
 import torch
+from safetensors.torch import save_file
 
 HIDDEN, HEADS, MLP = 3072, 24, 12288
 DOUBLE, SINGLE = 20, 40  # blocks of the 13 B model
@@ -84,6 +85,13 @@ def random_model(double: int = DOUBLE, single: int = SINGLE, hidden: int = HIDDE
     return comfy.sd.load_diffusion_model_state_dict(
         random_state_dict(double, single, hidden), model_options={"dtype": torch.bfloat16}
     )
+
+
+def random_checkpoint(folder: str, double: int = DOUBLE, single: int = SINGLE, hidden: int = HIDDEN) -> str:
+    """The same as a file in a folder; its path. Workers load the model by ComfyUI's loader from there."""
+    path = f"{folder}/random.safetensors"
+    save_file({name: value.clone() for name, value in random_state_dict(double, single, hidden).items()}, path)
+    return path
 
 
 def latent_shape(width: int, height: int, frames: int) -> tuple[int, int, int, int, int]:

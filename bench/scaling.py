@@ -29,7 +29,6 @@ import comfy.model_management  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfyui_version  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
 from skein import engine  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
@@ -122,11 +121,8 @@ def main() -> None:
     arguments = {"latent": latent, "steps": options.steps}
     rows = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        checkpoint = f"{folder}/random.safetensors"
         started = time.perf_counter()
-        state = models.random_state_dict(options.double, options.single, options.hidden)
-        save_file({name: value.clone() for name, value in state.items()}, checkpoint)
-        del state
+        checkpoint = models.random_checkpoint(folder, options.double, options.single, options.hidden)
         print(f"wrote the checkpoint in {time.perf_counter() - started:.1f} s", flush=True)
         model = comfy.sd.load_diffusion_model(checkpoint)
         for name in (["stock"] if not options.no_stock else []) + options.paths:

@@ -25,7 +25,6 @@ load_pack()
 import comfy.cli_args  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
 from skein import engine, live  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
@@ -61,11 +60,7 @@ def main() -> None:
     tokens = latent.shape[2] * latent.shape[3] * latent.shape[4] // 4
     estimate = work_bytes(Load(tokens, TEXT, models.HIDDEN), plan, options.world)
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        checkpoint = f"{folder}/random.safetensors"
-        state = models.random_state_dict(options.double, options.single)
-        save_file({name: value.clone() for name, value in state.items()}, checkpoint)
-        del state
-        model = comfy.sd.load_diffusion_model(checkpoint)
+        model = comfy.sd.load_diffusion_model(models.random_checkpoint(folder, options.double, options.single))
         started = time.perf_counter()
         out = sample(engine.edit(model, **vars(plan)), models.conditioning(TEXT), latent=latent, steps=options.steps)
         seconds = time.perf_counter() - started
