@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -40,7 +41,7 @@ from skein.report import recent_runs  # noqa: E402
 from skein.vae import decode  # noqa: E402
 from skein.vae.attributes import changed  # noqa: E402
 
-HOST_OF_ITS_OWN = 'import os\nif "RANK" in os.environ:\n    os.environ["NCCL_HOSTID"] = "skein-" + os.environ["RANK"]\n'
+OTHER_CARD = Path(__file__).resolve().parent / "other_card"
 EXACT = dict(attention=AttentionConfig())
 EVERYTHING = dict(EXACT, cache=CacheConfig(threshold=0.1), fp8=FP8Config(), compile=CompileConfig())
 CASES = [  # plan, workers, Ulysses degree (0: measured)
@@ -51,24 +52,19 @@ SIZES = {"exact": (1280, 720, 33), "everything": (1280, 720, 33), "small": (128,
 
 
 @contextmanager
-def workers_on_one_card(world: int, device: str = "0") -> Iterator[None]:
-    """Within: all devices of this machine are `world` times the same one, for workers that start here."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "sitecustomize.py").write_text(HOST_OF_ITS_OWN)
-        path = os.environ.get("PYTHONPATH")
-        told = {"PYTHONPATH": folder + (os.pathsep + path if path else ""), "NCCL_SOCKET_IFNAME": "lo"}
-        before = {name: os.environ.get(name) for name in told}
-        os.environ.update(told)
-        names = (device,) * world
-        try:
-            with changed([(module, "visible_devices", lambda _: names) for module in (engine, remote, decode)]):
-                yield
-        finally:
-            release()
-            for name, value in before.items():
-                os.environ.pop(name)
-                if value is not None:
-                    os.environ[name] = value
+def workers_on_one_card(world: int, device: str = "0", **environment: str) -> Iterator[None]:
+    """Within: "all" devices are `world` times the same one, for workers that start here. environment: more for them."""
+    path = [str(OTHER_CARD), *filter(None, [os.environ.get("PYTHONPATH")])]
+    told = {"PYTHONPATH": os.pathsep.join(path), "SKEIN_HOST_EACH": "1", "NCCL_SOCKET_IFNAME": "lo", **environment}
+    names = (device,) * world
+    try:
+        with (
+            mock.patch.dict(os.environ, told),
+            changed([(module, "visible_devices", lambda _: names) for module in (engine, remote, decode)]),
+        ):
+            yield
+    finally:
+        release()
 
 
 def sampled(model, plan: dict, size: tuple[int, int, int]) -> tuple[torch.Tensor, list[bool]]:
