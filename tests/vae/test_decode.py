@@ -106,7 +106,8 @@ def test_the_group_that_samples_also_decodes_and_stays_warm(wan, latent, tmp_pat
         assert difference(decode(wan, latent, DecodeConfig()), stock) < TOLERANCE  # "all": where there are workers
         pids.append(dict(group._group.pids))
         # ComfyUI asks for a part of the model's memory, as before a decode of its own.
-        (proxy,) = [entry for entry in memory.current_loaded_models if "_skein_proxy" in vars(entry.model.model)]
+        holder, loaded = group._group.holder, memory.current_loaded_models
+        (proxy,) = [entry for entry in loaded if vars(entry.model.model).get("_skein_proxy") is holder]
         assert proxy.model_loaded_memory() > 1e6
         assert not proxy.model_unload(0) and proxy.model_loaded_memory() == 0
     assert all(each == pids[0] for each in pids)
