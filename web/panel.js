@@ -12,6 +12,7 @@ const TECHNIQUES = {
   fp8: "FP8 Quantize",
   compile: "Compile Blocks",
   parallel: "Context Parallel",
+  memory: "Memory",
 };
 
 /** One panel on the page. actions: release(), copy(text) and apply(run, threshold), each a promise of a sentence. */
