@@ -18,6 +18,15 @@ def memory_of(device: torch.device) -> tuple[int, int] | None:
     return None
 
 
+def peak_of(device: torch.device) -> int:
+    """Bytes that this process has had on a GPU at most, since the last question; 0 on the CPU."""
+    if device.type != "cuda":
+        return 0
+    peak = torch.cuda.max_memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
 def load_of(device: torch.device) -> tuple[int | None, int | None]:
     """Bytes used on a GPU and its utilisation in percent, from the driver's management library: also of GPUs that this
     process has not touched. None where nvidia-ml-py is not installed or does not tell."""

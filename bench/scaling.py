@@ -97,6 +97,7 @@ def measure(model, name: str, world: int, arguments: dict, alone: dict, options)
         "error_to_one_process": float((out - alone["out"]).norm() / alone["out"].norm()),
         "host_gib": host_gib(list(group._group.pids.values())),
         "gpu_gib": gpu_gib(),
+        "peak_gib": group._group.last_run["peak_bytes"] / 2**30,
     }  # fmt: skip
     print(row, flush=True)
     return row

@@ -4,8 +4,8 @@
     python3 -m bench.vae --cpu --small
 
 The VAE has its true size and random weights. Each way runs twice, the second run counts. Peaks are those of this
-process, so for the group see gpu_gib, the memory in use on each GPU by everybody, with what allocators keep. Random:
-weights and latent. Ends with one JSON line.
+process, of the group those of its workers (what their allocators took). Random: weights and latent. Ends with one JSON
+line.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine  # no
 from comfy.ldm.wan.vae import WanVAE  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.parallel import release  # noqa: E402
+from skein.parallel.remote import CALL_SECONDS  # noqa: E402
 from skein.plan import DecodeConfig  # noqa: E402
 from skein.vae import remote  # noqa: E402
 from skein.vae.decode import decode  # noqa: E402
@@ -89,9 +90,7 @@ def timed(name: str, run: Callable[[], Tensor], expected: Tensor | None) -> tupl
     out = run()
     row: dict = {"way": name, "seconds": time.perf_counter() - started}
     if cuda:
-        free = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        row["gpu_gib"] = [round((total - left) / 2**30, 1) for left, total in free]
     if expected is not None:
         apart = (out - expected).abs()
         row |= {"largest_difference": float(apart.max()), "mean_difference": float(apart.mean())}
@@ -128,7 +127,9 @@ def measure(vae: comfy.sd.VAE, latent: Tensor, options: argparse.Namespace) -> l
             "tiled": (lambda group=group: remote.decode_tiles(group, vae, latent, tiling), in_tiles),
         }
         for mode, (run, expected) in ways.items():
-            rows.append(timed(f"group of {world}, {mode}", run, expected)[1] | {"estimate_gib": need / 2**30})
+            row = timed(f"group of {world}, {mode}", run, expected)[1]
+            peaks = [told["peak_bytes"] / 2**30 for told in group.ask_all("room", {}, CALL_SECONDS).values()]
+            rows.append(row | {"estimate_gib": need / 2**30, "peak_gib": peaks})
     return rows
 
 

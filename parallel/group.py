@@ -85,7 +85,7 @@ class Group:
         self.holder: Any = None  # whose model it is
         self.resident = False  # whether the model is on the devices, as far as this process has asked for it
         self.vae: Any = None  # what makes the VAE that the workers have
-        self.last_run: dict = {}  # in numbers
+        self.last_run: dict = {}  # in numbers: calls, call_s; and the first worker's exchange_s, peak_bytes
         self.pids: dict[int, int] = {}  # of the workers on this machine, by rank
         self._check_interrupt = check_interrupt
         self._channels: dict[int, Channel] = {}

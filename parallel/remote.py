@@ -60,7 +60,7 @@ def delegated(plan: Plan, guider) -> Iterator[None]:
         options = guider.model_options["transformer_options"]
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, wrapper, options)
         yield
-        figures = group.last_run = wrapper.figures(group.ask("end", {}, CALL_SECONDS)["exchange_s"])
+        figures = group.last_run = wrapper.figures() | group.ask("end", {}, CALL_SECONDS)
         live.workers_changed(exchange_share=figures["exchange_s"] / max(figures["call_s"], 1e-9))
         show(config.node_id, wrapper.summary())
     finally:
@@ -133,9 +133,9 @@ class _Caller:
         self.seconds += time.perf_counter() - started
         return out
 
-    def figures(self, exchange_s: float) -> dict:
-        """The run in numbers. exchange_s: what the first worker spent on exchanges."""
-        return {"calls": self.calls, "call_s": self.seconds, "exchange_s": exchange_s}
+    def figures(self) -> dict:
+        """The run in numbers, as far as this process knows them."""
+        return {"calls": self.calls, "call_s": self.seconds}
 
     def summary(self) -> str:
         each = self.seconds / max(self.calls, 1)

@@ -78,7 +78,8 @@ def decode_tiles(group: Group, vae: Any, latent: Tensor, tiling: Tiling) -> Tens
     def decode(_: Tensor) -> Tensor:
         if not decoded:  # what came before has been blended, so its memory may be used again
             latents = [tiles.popleft() for _ in range(min(len(tiles), len(group.setting.devices)))]
-            question = {"latents": latents, "need": max(tile_bytes(vae, each.shape) for each in latents)}
+            need = max(tile_bytes(vae, each.shape) for each in latents)
+            question = {"latents": latents, "need": need, "last": not tiles}
             answers = group.ask_all("decode_tile", question, CALL_SECONDS)
             decoded.extend(answers[rank] for rank in range(len(latents)))
         bar.update(1)

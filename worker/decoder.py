@@ -35,12 +35,20 @@ class Decoder:
         """This rank's strip of the frames (B, T, H, W, 3), of a latent that is dealt out in these parts."""
         memory.load_models_gpu([self.vae.patcher], memory_required=need, force_full_load=self.vae.disable_offload)
         strip = Strip(dim, tuple(parts), self.mesh.rank)
-        return torch.stack(list(frames_of(self.vae, latent, strip, lambda: None, report.progress)))
+        frames = torch.stack(list(frames_of(self.vae, latent, strip, lambda: None, report.progress)))
+        memory.soft_empty_cache()  # what decoding took: ComfyUI's process could not ask for it
+        return frames
 
-    def decode_tile(self, latents: list[Tensor], need: int) -> Tensor | None:
-        """The pixels (1, 3, T, H, W) of this rank's tile among at most as many tiles as there are ranks."""
-        if self.mesh.rank >= len(latents):
-            return None
-        memory.load_models_gpu([self.vae.patcher], memory_required=need, force_full_load=self.vae.disable_offload)
-        with quick(self.vae):
-            return pixels_of(self.vae, latents[self.mesh.rank])
+    def decode_tile(self, latents: list[Tensor], need: int, last: bool) -> Tensor | None:
+        """The pixels (1, 3, T, H, W) of this rank's tile among at most as many tiles as there are ranks.
+
+        last: whether these are a decode's last tiles.
+        """
+        pixels = None
+        if self.mesh.rank < len(latents):
+            memory.load_models_gpu([self.vae.patcher], memory_required=need, force_full_load=self.vae.disable_offload)
+            with quick(self.vae):
+                pixels = pixels_of(self.vae, latents[self.mesh.rank])
+        if last:
+            memory.soft_empty_cache()
+        return pixels

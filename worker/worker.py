@@ -11,7 +11,7 @@ import comfy.model_management as memory
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from .. import engine
+from .. import devices, engine
 from ..estimate import Load, work_bytes
 from ..models import find_stack
 from ..parallel.mesh import Mesh
@@ -99,15 +99,19 @@ class Worker:
         return run.execute()
 
     def end(self) -> dict:
-        """End the run, if there is one. Tells what it spent on exchanges between ranks."""
+        """End the run, if there is one, and give back what only its calls took: ComfyUI's process could not ask for it.
+
+        Tells what exchanges between ranks took, and what this rank had of the device's memory since the last end.
+        """
         run, self.run = self.run, contextlib.ExitStack()
         run.close()
-        return {"exchange_s": self.mesh.exchange_seconds()}
+        told = {"exchange_s": self.mesh.exchange_seconds(), "peak_bytes": devices.peak_of(self.mesh.device)}
+        memory.soft_empty_cache()
+        return told
 
     def room(self) -> dict:
-        """Bytes on this rank's device that are free, or could be without the sampling model."""
-        self.end()
-        return {"free": room(self.mesh.device)}
+        """Bytes on this rank's device that are free, or could be without the sampling model; and the peak so far."""
+        return {"peak_bytes": self.end()["peak_bytes"], "free": room(self.mesh.device)}
 
     def make_room(self) -> dict:
         """Take all models off the device, to have them back when they are needed; bytes that this has freed."""
