@@ -43,7 +43,6 @@ OTHER_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}  # wrapper k
 COMPILE_KEY = "torch.compile"  # wrapper key of ComfyUI's own compilation, and of set_torch_compile_wrapper
 ATTENTION_PATCHES = ("attn1_patch", "attn1_output_patch")  # told the index of their block: a graph for each block
 OVERRIDE = "optimized_attention_override"
-TEXT_TOKENS = 256  # for an estimate before the text is known
 
 
 def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
@@ -75,8 +74,7 @@ def _warn_of_memory(plan: Plan, patcher: "ModelPatcher", latent: tuple[int, ...]
     device, dtype = patcher.load_device, patcher.model.get_dtype_inference()
     if device.type != "cuda" or plan == Plan():
         return
-    stack = find_stack(patcher.model.diffusion_model)
-    load = Load(stack.tokens(latent), TEXT_TOKENS, stack.width, latent[0], dtype.itemsize)
+    load = Load.of(find_stack(patcher.model.diffusion_model), latent, dtype.itemsize)
     world = 1 if plan.parallel is None else len(visible_devices(plan.parallel.device_names))
     text = advice(load, plan, memory.get_total_memory(device), world)
     if text:

@@ -4,8 +4,10 @@ The work of a call peaks in a block's perceptron, so it grows with the tokens th
 factors were fitted to peaks measured on a GPU (bench/memory.py prints both beside each other).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .models import BlockStack
 from .plan import Plan
 
 # Hidden states (tokens x width values) that a call holds at its peak, by how the blocks run.
@@ -13,6 +15,7 @@ EAGER, COMPILED, COMPILED_FP8 = 14.2, 15.7, 13.3
 KEPT = 1.07  # for each that the cache keeps, its signature counted
 WHOLE = 1.0  # and, of several GPUs, on each: the whole video's tokens as the first block is given them
 FIXED = 20e6  # bytes: embedders, the latent
+TEXT_TOKENS = 256  # where the text is not known
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,11 @@ class Load:
     width: int
     batch: int = 1
     size: int = 2
+
+    @classmethod
+    def of(cls, stack: BlockStack, latent: Sequence[int], size: int) -> "Load":
+        """A call of a model with a latent (B, C, T, H, W)."""
+        return cls(stack.tokens(tuple(latent)), TEXT_TOKENS, stack.width, latent[0], size)
 
 
 def work_bytes(load: Load, plan: Plan, world: int = 1) -> float:

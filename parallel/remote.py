@@ -24,6 +24,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_ke
 from torch import Tensor, nn
 
 from .. import live
+from ..estimate import Load, work_bytes
 from ..models import call_options, find_stack, share
 from ..patchers import clone_over, unload
 from ..plan import PLAN_KEY, Plan
@@ -56,7 +57,7 @@ def delegated(plan: Plan, guider) -> Iterator[None]:
     try:
         group = _ready(setting, recipe, proxy, source, plan)
         _begin(group, source, plan)
-        wrapper = _Caller(group)
+        wrapper = _Caller(group, plan, source.load_device)
         options = guider.model_options["transformer_options"]
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, wrapper, options)
         yield
@@ -73,10 +74,11 @@ def _ready(setting: Setting, recipe: dict, proxy: "Proxy", source: ModelPatcher,
     """Workers with the model loaded."""
     started = time.perf_counter()
     group = group_for(setting, memory.throw_exception_if_processing_interrupted)
+    if group.model != recipe or not group.resident:
+        clear_own(source.load_device)
     if group.model != recipe:
         assert plan.parallel is not None
         show(plan.parallel.node_id, f"loading the model in {len(group.pids)} workers")
-        clear_own(source.load_device)
         group.model = group.patches = None
         group.ask("load", {"recipe": recipe}, LOAD_SECONDS)
         group.model = recipe
@@ -86,11 +88,12 @@ def _ready(setting: Setting, recipe: dict, proxy: "Proxy", source: ModelPatcher,
     return group
 
 
-def clear_own(device: torch.device) -> None:
-    """Unload what this process has on a device, so that the workers have room there."""
+def clear_own(device: torch.device, need: float = 1e30) -> None:
+    """Unload what this process has on a device, all or until so many bytes are free, so that workers have room."""
+    memory.soft_empty_cache()  # what ComfyUI counts as free there, but no other process can have
     loaded = [entry for entry in memory.current_loaded_models if entry.model is not None]
     proxies = [entry for entry in loaded if PROXY_KEY in vars(entry.model.model)]  # their unloading ends workers
-    memory.free_memory(1e30, device, keep_loaded=proxies)
+    memory.free_memory(need, device, keep_loaded=proxies)
 
 
 def _begin(group: Group, source: ModelPatcher, plan: Plan) -> None:
@@ -106,8 +109,9 @@ def _begin(group: Group, source: ModelPatcher, plan: Plan) -> None:
 class _Caller:
     """DIFFUSION_MODEL wrapper: the workers run the call."""
 
-    def __init__(self, group: Group):
+    def __init__(self, group: Group, plan: Plan, own: torch.device):
         self.group = group
+        self.plan, self.own = plan, own  # own: this process's device, which may be a worker's too
         self.calls = 0
         self.seconds = 0.0
 
@@ -117,6 +121,10 @@ class _Caller:
         given = dict(zip(list(names)[1:], args)) | kwargs
         if given.get("control") is not None:
             raise ValueError(CODE.format("a ControlNet"))
+        sample = next(value for value in args if isinstance(value, Tensor))
+        if not self.calls:
+            load = Load.of(find_stack(execute.class_obj), sample.shape, sample.element_size())  # type: ignore[attr-defined]
+            clear_own(self.own, work_bytes(load, self.plan, len(self.group.setting.devices)))
         options = call_options(args, kwargs)
         message = {
             "args": [OPTIONS if value is options else value for value in args],
@@ -127,7 +135,6 @@ class _Caller:
             out = self.group.ask("call", message, CALL_SECONDS)
         except NotPlain as error:
             raise ValueError(CODE.format(f"an argument of the model ({error})")) from error
-        sample = next(value for value in args if isinstance(value, Tensor))
         out = out.to(sample.device, copy=True)
         self.calls += 1
         self.seconds += time.perf_counter() - started

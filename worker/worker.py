@@ -71,9 +71,8 @@ class Worker:
     def bring(self, latent: Tensor) -> None:
         """Have the model on the device, or as much of it as a call with this latent leaves room for."""
         patcher = self.guider.model_patcher
-        stack = find_stack(patcher.model.diffusion_model)
-        size = Load(stack.tokens(latent.shape), engine.TEXT_TOKENS, stack.width, latent.shape[0], latent.element_size())
-        need = work_bytes(size, self.plan, self.mesh.world)
+        load = Load.of(find_stack(patcher.model.diffusion_model), latent.shape, latent.element_size())
+        need = work_bytes(load, self.plan, self.mesh.world)
         if self.reserved is not None and need <= self.reserved:
             return
         memory.load_models_gpu([patcher], memory_required=need)

@@ -5,6 +5,7 @@ Ordered by group, because starting one takes seconds; within a group another che
 
 import re
 
+import comfy.model_management as memory
 import pytest
 import torch
 from checkpoints import SMALL, random_model, text, with_lora
@@ -139,3 +140,17 @@ def test_a_mask_goes_through_no_ring_whatever_was_fastest_without_one(models):
     for positive in (text(9), text(9, attention_mask=mask)):
         one, many = both(lambda model, **plan: engine.edit(model, parallel=four, **plan), model, {"positive": positive})
         assert relative_error(many, one) < TOLERANCE
+
+
+def test_this_process_makes_room_for_calls_where_they_need_it(models, monkeypatch):
+    model, other = models(2), models(3)
+
+    def run():
+        sample(engine.edit(model, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
+        return any(entry.model is other for entry in memory.current_loaded_models)
+
+    assert not run()
+    memory.load_models_gpu([other])
+    assert run()  # the workers have their model, and there is room for calls
+    monkeypatch.setattr("skein.parallel.remote.work_bytes", lambda *_: 1e18)
+    assert not run()
