@@ -1,14 +1,16 @@
 """A channel between two processes of one machine: messages over an authenticated connection, tensors in shared memory.
 
-The memory is a file that both map and that has no name any more once both have it: nothing is left behind, however they
-end. It lies in /dev/shm if that has room (Docker gives it 64 MB), and else among the temporary files, where the
-operating system keeps it in memory just as well.
+The memory is a file that both map and that has no name: nothing is left behind, however they end. It lies in /dev/shm
+if that has room (Docker gives it 64 MB), and else among the temporary files, where the operating system keeps it in
+memory just as well.
 """
 
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -59,35 +61,51 @@ class Channel:
         if size <= self._blob.numel():
             return
         size = max(SMALLEST, size + min(size, ROOM_TO_GROW))
-        path = shared_file(size)
-        try:
-            self._map(str(path), size)
-            data = pack({"path": str(path), "size": size}, [])
+        with shared_file(size) as path:
+            self._map(path, size)
+            data = pack({"path": path, "size": size}, [])
             self.connection.send_bytes(encode("memory", data))
             if json.loads(self.connection.recv_bytes())["kind"] != "mapped":
                 raise ConnectionError("the other side has something else to say")
-        finally:
-            path.unlink(missing_ok=True)
 
     def _map(self, path: str, size: int) -> None:
         self._blob = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
 
 
-def shared_file(size: int) -> Path:
-    """A file of so many bytes, readable by this user only, with its memory set aside."""
+@contextmanager
+def shared_file(size: int) -> Iterator[str]:
+    """Within: the path of a new file of so many bytes, this user's, with its memory set aside.
+
+    On Linux the file has lost its name already and is reached through this process, so it goes however this one ends.
+    Raises RuntimeError where there is no room.
+    """
     roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2 * size
     for folder in [SHARED_MEMORY, None] if roomy else [None]:
         handle, name = tempfile.mkstemp(prefix="skein-", dir=folder)
+        through = f"/proc/{os.getpid()}/fd/{handle}"
         try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(handle, 0, size)  # now, or writing to it could kill the process later
-            else:
-                os.truncate(handle, size)
-            return Path(name)
-        except OSError:
-            os.unlink(name)
-            if folder is None:
-                raise
+            if nameless := os.path.exists(through):
+                os.unlink(name)
+            if reserve(handle, size):
+                yield through if nameless else name
+                return
         finally:
             os.close(handle)
-    raise AssertionError("not reached")
+            if not nameless:
+                os.unlink(name)
+    raise RuntimeError(
+        f"There is no room for {size / 1e9:.1f} GB in {SHARED_MEMORY} or {tempfile.gettempdir()}; make some, or start "
+        "ComfyUI with TMPDIR set to a folder that has it."
+    )
+
+
+def reserve(handle: int, size: int) -> bool:
+    """Make an open file so long, its memory set aside; whether there is room."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, size)  # now, or writing to it could kill the process later
+        else:
+            os.truncate(handle, size)
+    except OSError:
+        return False
+    return True
