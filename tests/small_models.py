@@ -2,11 +2,24 @@
 
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.ldm.hunyuan_video.model
 import comfy.sd
 import torch
 from safetensors.torch import save_file
+
+# What makes a HunyuanVideo 1.5 of it.
+HUNYUAN_VIDEO_15 = dict(
+    in_channels=65, out_channels=32, vec_in_dim=None, patch_size=(1, 1, 1), guidance_embed=False, byt5=True,
+    use_cond_type_embedding=True, vision_in_dim=1152, meanflow_sum=True, depth=4, depth_single_blocks=0,
+)  # fmt: skip
+
+
+def around_the_text() -> dict:
+    """What HunyuanVideo 1.5 takes beside the text: byt5's tokens, and those of an image."""
+    vision = SimpleNamespace(last_hidden_state=torch.ones(1, 9, 1152))
+    return {"conditioning_byt5small": torch.ones(1, 7, 1472), "clip_vision_output": vision}
 
 
 def random_hunyuan_video(dtype: torch.dtype | None = None, **changes):

@@ -1,14 +1,12 @@
 """Attention on real ComfyUI models: padded conditioning gives what trimmed conditioning gives, and no mask is left."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from loras import relative_error
 from skein import engine
 from skein.demo.sampling import conditioning, sample
 from skein.plan import AttentionConfig, CacheConfig
-from small_models import random_hunyuan_video
+from small_models import HUNYUAN_VIDEO_15, around_the_text, random_hunyuan_video
 
 VIDEO = (1, 16, 3, 8, 8)
 SMALL = dict(shape=VIDEO, steps=4)
@@ -86,12 +84,7 @@ def test_samples_of_one_batch_with_texts_of_different_length(tiny_model):
 
 
 def test_hunyuan_video_15_with_byt5_and_vision_tokens_around_the_text():
-    kind = dict(in_channels=65, out_channels=32, vec_in_dim=None, patch_size=[1, 1, 1], guidance_embed=False, byt5=True,
-                use_cond_type_embedding=True, vision_in_dim=1152, meanflow_sum=True, depth=4,
-                depth_single_blocks=0)  # fmt: skip
-    model = random_hunyuan_video(**kind)
-    vision = SimpleNamespace(last_hidden_state=torch.ones(1, 9, 1152))
-    around = {"conditioning_byt5small": torch.ones(1, 7, 1472), "clip_vision_output": vision}
+    model, around = random_hunyuan_video(**HUNYUAN_VIDEO_15), around_the_text()
     arguments = dict(shape=(1, 32, 3, 8, 8), steps=4)
     trimmed = sample(model, conditioning("a red circle moves left", **around), **arguments)
     positive = padded("a red circle moves left", **around)

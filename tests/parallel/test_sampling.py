@@ -15,6 +15,7 @@ from skein.demo.sampling import sample
 from skein.parallel import release
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig
 from skein.report import recent_runs
+from small_models import HUNYUAN_VIDEO_15, around_the_text
 
 TOLERANCE = 2e-6
 GROUPS = {  # processes, ulysses degree, heads that so many can share
@@ -124,6 +125,15 @@ def test_fp8_and_compiled_blocks_in_the_workers(models):
     one, many = both(lambda model, **plan: engine.edit(model, parallel=two, **plan), model, {}, **plan)
     stock = sample(model, text(7), **SMALL)
     assert relative_error(many, one) < 0.2 * relative_error(one, stock) and relative_error(one, stock) > 1e-3
+
+
+def test_hunyuan_video_15(models):
+    """Double blocks only, and tokens of byt5 and of an image around the text."""
+    model, two = models(2, **HUNYUAN_VIDEO_15), ParallelConfig("cpu,cpu")
+    arguments = dict(positive=text(9, **around_the_text()), shape=(1, 32, 3, 5, 6))
+    for plan in ({}, dict(attention=AttentionConfig())):
+        one, many = both(lambda model, **plan: engine.edit(model, parallel=two, **plan), model, arguments, **plan)
+        assert relative_error(many, one) < TOLERANCE
 
 
 def test_the_fastest_arrangement_is_measured_and_told(models, caplog):
