@@ -2,7 +2,7 @@
 
     python3 -m bench.text_encoder [--small]
 
-HunyuanVideo's text encoders as ComfyUI loads them (Llama 3 of 8 B parameters in bfloat16, and CLIP-L), random weights;
+HunyuanVideo's text encoders as ComfyUI loads them (Llama 3 of 8 B parameters in 16 bits, and CLIP-L), random weights;
 --small: CLIP-L alone, to see that it runs. Random weights have no outliers, so the error says how FP8 rounds and not
 what a picture loses. Ends with one JSON line.
 """
