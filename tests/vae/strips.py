@@ -45,6 +45,8 @@ def main():
             if rank == 0:
                 names = ("difference", "without", "scale", "left_behind", "frames_missing")
                 print(json.dumps({"family": name, "shape": shape, **dict(zip(names, found.tolist()))}), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()  # left to the end of the process, gloo's threads now and then abort it
 
 
 if __name__ == "__main__":
