@@ -41,7 +41,7 @@ HOLDS = 0.6  # the share of a GPU's memory up to which a model is loaded straigh
 OVERRIDE = "optimized_attention_override"
 COMPILE_KEY = "torch.compile"  # wrapper key of ComfyUI's own compilation
 LOCAL_OPTIONS = ("wrappers", "callbacks", "patches", "patches_replace", OVERRIDE, "context_window")
-PROXY_KEY = "_skein_proxy"  # on the source's model, so that the proxy goes when the model goes
+PROXY_KEY = "_skein_proxy"  # on the proxy's model; and on the source's, so that the proxy goes when that goes
 CODE = "Context Parallel cannot take {} to the workers; remove the node that made it, or Context Parallel."
 
 
@@ -92,7 +92,7 @@ def clear_own(device: torch.device, need: float = 1e30) -> None:
     """Unload what this process has on a device, all or until so many bytes are free, so that workers have room."""
     memory.soft_empty_cache()  # what ComfyUI counts as free there, but no other process can have
     loaded = [entry for entry in memory.current_loaded_models if entry.model is not None]
-    proxies = [entry for entry in loaded if PROXY_KEY in vars(entry.model.model)]  # their unloading ends workers
+    proxies = [entry for entry in loaded if _is_proxy(entry.model.model)]  # their unloading ends workers
     memory.free_memory(need, device, keep_loaded=proxies)
 
 
@@ -208,6 +208,10 @@ class Proxy:
         """ComfyUI has unloaded the model: for memory, or because somebody asked for it."""
         if unpatch_all:
             release(holder=self)
+
+
+def _is_proxy(model: Any) -> bool:
+    return PROXY_KEY in vars(model) and vars(model)[PROXY_KEY].model is model
 
 
 def _proxy_of(source: ModelPatcher) -> Proxy:
