@@ -2,6 +2,7 @@
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,13 +55,14 @@ def _devices(vae: Any, config: DecodeConfig) -> tuple[str, ...] | None:
     return None if names == [own] else visible_devices(names)
 
 
-class _Decode:
-    """How to decode: whole where it is asked for, or where it may fit; else, or if it did not, in tiles."""
+class _Decode(ABC):
+    """How to decode: whole where it is asked for, or where it may fit; else, or if it did not, in tiles.
 
-    where: str
+    where: the devices, as the user names them. world: how many share a whole decode.
+    """
 
-    def __init__(self, vae: Any, latent: Tensor, config: DecodeConfig):
-        self.vae, self.latent, self.config = vae, latent, config
+    def __init__(self, vae: Any, latent: Tensor, config: DecodeConfig, where: str, world: int):
+        self.vae, self.latent, self.config, self.where, self.world = vae, latent, config, where, world
         self.family: Family | None = family_of(vae) if latent.ndim == 5 else None
 
     def decode(self) -> tuple[Tensor, str]:
@@ -74,44 +76,44 @@ class _Decode:
         memory.soft_empty_cache()
         return self.tiled(), "in tiles, because memory ran out when whole,"
 
+    @property
+    def work(self) -> int:
+        """Bytes that a whole decode takes on each device, beside the VAE's weights."""
+        assert self.family is not None
+        return whole_bytes(self.vae, self.family, self.latent.shape, self.world)
+
+    @abstractmethod
     def fits(self) -> bool:
         """Whether to try it whole."""
-        raise NotImplementedError
 
+    @abstractmethod
     def whole(self) -> Tensor:
-        raise NotImplementedError
+        """All frames at once."""
 
+    @abstractmethod
     def tiled(self) -> Tensor:
-        raise NotImplementedError
+        """Tile after tile."""
 
 
 class _Alone(_Decode):
     """In ComfyUI's own process."""
 
-    @property
-    def where(self) -> str:  # type: ignore[override]
-        return str(self.vae.device)
+    def __init__(self, vae: Any, latent: Tensor, config: DecodeConfig):
+        super().__init__(vae, latent, config, str(vae.device), 1)
 
     def fits(self) -> bool:
         if self.family is None or self.config.mode == "whole":
             return True
-        need = self._need()
-        free = room(self.vae.device)
-        if free < need:
+        need = self.work + self.vae.model_size()
+        if room(self.vae.device) < need:
             _take_room(self.vae.device)
-            free = room(self.vae.device)
-        return free >= need
-
-    def _need(self) -> int:
-        assert self.family is not None
-        return whole_bytes(self.vae, self.family, self.latent.shape, 1) + self.vae.model_size()
+        return room(self.vae.device) >= need
 
     def whole(self) -> Tensor:
         vae, latent = self.vae, self.latent
         if self.family is None:
             return vae.decode(latent)
-        need = whole_bytes(vae, self.family, latent.shape, 1)
-        memory.load_models_gpu([vae.patcher], memory_required=need, force_full_load=vae.disable_offload)
+        memory.load_models_gpu([vae.patcher], memory_required=self.work, force_full_load=vae.disable_offload)
         bar = ProgressBar(latent.shape[0] * vae.upscale_ratio[0](latent.shape[2]))
         strip, out = Strip(-1, (latent.shape[-1],)), None
         interrupted = memory.throw_exception_if_processing_interrupted
@@ -163,7 +165,7 @@ class _Shared(_Decode):
     """In the worker group."""
 
     def __init__(self, vae: Any, latent: Tensor, config: DecodeConfig, devices: tuple[str, ...]):
-        super().__init__(vae, latent, config)
+        super().__init__(vae, latent, config, ", ".join(devices), len(devices))
         self.devices = devices
         if latent.ndim != 5 or vae.latent_dim != 3:
             raise ValueError(f"This VAE decodes single images, which several devices cannot share; {ALONE}.")
@@ -175,31 +177,20 @@ class _Shared(_Decode):
             )
         if config.mode == "whole" and not self._wide_enough:
             side = max(latent.shape[-2:])
-            raise ValueError(
-                f"The frame is {side} latent columns long, too few for {len(devices)} devices; name fewer."
-            )
+            raise ValueError(f"The frame is {side} latent columns long, too few for {self.world} devices; name fewer.")
 
     @property
     def _wide_enough(self) -> bool:
-        return max(self.latent.shape[-2:]) >= len(self.devices)
-
-    @property
-    def where(self) -> str:  # type: ignore[override]
-        return ", ".join(self.devices)
+        return max(self.latent.shape[-2:]) >= self.world
 
     def fits(self) -> bool:
         if self.config.mode == "whole" or self.family is None or not self._wide_enough:
             return self.config.mode == "whole"
-        need = self._need(self.family)
+        need = self.work + self.vae.model_size()
         return remote.room(remote.workers(self.devices, self.vae), need, self.vae.device) >= need
 
-    def _need(self, family: Family) -> int:
-        return whole_bytes(self.vae, family, self.latent.shape, len(self.devices)) + self.vae.model_size()
-
     def whole(self) -> Tensor:
-        assert self.family is not None
-        need = whole_bytes(self.vae, self.family, self.latent.shape, len(self.devices))
-        return remote.decode_strips(remote.workers(self.devices, self.vae), self.vae, self.latent, need)
+        return remote.decode_strips(remote.workers(self.devices, self.vae), self.vae, self.latent, self.work)
 
     def tiled(self) -> Tensor:
         group, tiling = remote.workers(self.devices, self.vae), tiling_of(self.vae, self.config)

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import time
 import uuid
 from types import SimpleNamespace
 from typing import Any
@@ -44,16 +43,14 @@ class Worker:
         self.take_vae, self.decode_tile = self.decoder.take_vae, self.decoder.decode_tile
         self.decode_strip = self.decoder.decode_strip
 
-    def load(self, recipe: dict) -> dict:
+    def load(self, recipe: dict) -> None:
         """Load a model in the place of the one before."""
         self.end()
         self.base = self.patched = self.guider = None
         memory.unload_all_models()
         gc.collect()
         memory.soft_empty_cache()
-        started = time.perf_counter()
         self.base = self.patched = load(recipe)
-        return {"seconds": time.perf_counter() - started}
 
     def begin(self, plan: dict, patches: dict | None) -> None:
         """Begin a run. patches: those on the weights; None if they are the last run's."""
