@@ -18,13 +18,17 @@ def memory_of(device: torch.device) -> tuple[int, int] | None:
     return None
 
 
-def peak_of(device: torch.device) -> int:
-    """Bytes that this process has had on a GPU at most, since the last question; 0 on the CPU."""
+def peaks_of(device: torch.device) -> dict[str, int]:
+    """Bytes on a GPU since the last question, at most: peak_bytes of tensors, reserved_bytes with what PyTorch kept for
+    others to come. 0 on the CPU."""
     if device.type != "cuda":
-        return 0
-    peak = torch.cuda.max_memory_reserved(device)
+        return {"peak_bytes": 0, "reserved_bytes": 0}
+    told = {
+        "peak_bytes": torch.cuda.max_memory_allocated(device),
+        "reserved_bytes": torch.cuda.max_memory_reserved(device),
+    }
     torch.cuda.reset_peak_memory_stats(device)
-    return peak
+    return told
 
 
 def load_of(device: torch.device) -> tuple[int | None, int | None]:

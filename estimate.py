@@ -16,6 +16,7 @@ KEPT = 1.07  # for each that the cache keeps, its signature counted
 WHOLE = 1.0  # and, of several GPUs, on each: the whole video's tokens as the first block is given them
 FIXED = 20e6  # bytes: embedders, the latent
 TEXT_TOKENS = 256  # where the text is not known
+SPARE = 1.1  # room in works: between tensors the allocator is left with pieces that fit none
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ def work_bytes(load: Load, plan: Plan, world: int = 1) -> float:
     kept = KEPT * (plan.cache.order + 1) if plan.cache and plan.cache.threshold > 0 else 0
     whole = WHOLE * load.tokens if world > 1 else 0
     return state * ((own + load.text) * blocks + own * kept + whole) + FIXED
+
+
+def room_bytes(load: Load, plan: Plan, world: int = 1) -> float:
+    """Bytes that must be free on each of `world` GPUs before a call."""
+    return SPARE * work_bytes(load, plan, world)
 
 
 def advice(load: Load, plan: Plan, total: float, world: int = 1) -> str:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pack what the benchmarks need on an offline x86-64 GPU machine (Python 3.12 with torch, transformers, einops, safetensors)
-# into .bundle/bundle.tar.xz, about 35 MB:   bash bench/bundle.sh COMFYUI_DIR [PYTHON_VERSION]
+# into .bundle/bundle.tar.xz, about 42 MB:   bash bench/bundle.sh COMFYUI_DIR [PYTHON_VERSION]
 # There, with the checkout and .bundle beside it:   bash bench/offline.sh -m bench.step
 set -euo pipefail
 comfy=${1:?ComfyUI folder}; python=${2:-3.12}
@@ -10,9 +10,7 @@ for part in comfy comfy_execution comfy_api comfy_extras utils app node_helpers.
             latent_preview.py protocol.py nodes.py; do
   [ -e "$comfy/$part" ] && cp -r "$comfy/$part" "$room/ComfyUI/"
 done
-# Tokenizers' tables are most of the weight, and nothing here encodes text.
 find "$room/ComfyUI" -name __pycache__ -prune -exec rm -rf {} +
-find "$room/ComfyUI" -type f \( -name '*.json' -o -name '*.txt' -o -name '*.model' \) -size +200k -delete
 wanted=(torchsde trampoline torchao fa3-fwd sageattention==1.0.6)
 mapfile -t pinned < <(grep -E '^comfy-(aimdo|kitchen)' "$comfy/requirements.txt")
 for requirement in "${wanted[@]}" "${pinned[@]}"; do

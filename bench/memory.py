@@ -1,15 +1,18 @@
 """Peaks of memory while sampling, beside what estimate.py says: sizes, techniques, batch.
 
-    python3 -m bench.memory
+    python3 -m bench.memory [--worlds 2 4]
 
 A HunyuanVideo of true width with 2 + 2 blocks and random weights (bench/random_model.py); five steps each, so that the
-cache is full. Prints the peak without the weights, and the estimate; ends with one JSON line.
+cache is full. Prints the peak without the weights, and the estimate; ends with one JSON line. --worlds: only the first
+worker of groups of so many, on one GPU (bench/one_card.py), their first run, in which all is compiled and measured.
 """
 
 import argparse
 import json
 import logging
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,14 +22,17 @@ from pack import load_pack  # noqa: E402
 load_pack()
 
 import comfy.model_management  # noqa: E402
+import comfy.sd  # noqa: E402
 import comfyui_version  # noqa: E402
 import torch  # noqa: E402
 from skein import engine  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
+from skein.bench.one_card import workers_on_one_card  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
 from skein.estimate import Load, work_bytes  # noqa: E402
-from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan  # noqa: E402
+from skein.parallel import group  # noqa: E402
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan  # noqa: E402
 
 TEXT, STEPS = 60, 5
 PLANS = {
@@ -45,40 +51,65 @@ SETTINGS = [  # path, width, height, frames, guidance (1: one sample a call, mor
     ("all", 848, 480, 97, 3.0),
     ("attention", 640, 368, 33, 1.0),
 ]
+SHARED = [("attention", 1280, 720, 129, 1.0), ("cache + attention + compile", 960, 544, 65, 3.0)]
 
 
-def measure(model, path: str, width: int, height: int, frames: int, cfg: float) -> dict:
-    plan, cuda = PLANS[path], torch.cuda.is_available()
-    comfy.model_management.unload_all_models()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    latent = torch.zeros(models.latent_shape(width, height, frames))
-    text = models.conditioning(TEXT)
+def run(model, plan: Plan, width: int, height: int, frames: int, cfg: float) -> Load:
+    """Samples; the size of a call."""
+    latent, text = torch.zeros(models.latent_shape(width, height, frames)), models.conditioning(TEXT)
     sample(engine.edit(model, **vars(plan)), text, negative=text, cfg=cfg, latent=latent, steps=STEPS)
-    weights = 0 if not cuda else min(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
-    peak = torch.cuda.max_memory_allocated() - weights if cuda else 0
     tokens = latent.shape[2] * (latent.shape[3] // 2) * (latent.shape[4] // 2)
-    load = Load(tokens, TEXT, models.HIDDEN, batch=1 if cfg == 1.0 else 2)
-    estimate = work_bytes(load, plan)
+    return Load(tokens, TEXT, models.HIDDEN, batch=1 if cfg == 1.0 else 2)
+
+
+def row_of(setting: tuple, load: Load, world: int, weights: int, peak: int) -> dict:
+    estimate = work_bytes(load, PLANS[setting[0]], world)
     row = {
-        "path": path, "size": f"{width} x {height} x {frames}", "batch": load.batch, "tokens": tokens,
-        "weights_gb": weights / 1e9, "peak_gb": peak / 1e9, "estimate_gb": estimate / 1e9,
-        "ratio": estimate / peak if peak else None, "states": peak / (load.batch * tokens * models.HIDDEN * 2),
+        "path": setting[0], "size": "{} x {} x {}".format(*setting[1:4]), "batch": load.batch, "tokens": load.tokens,
+        "world": world, "weights_gb": weights / 1e9, "peak_gb": peak / 1e9, "estimate_gb": estimate / 1e9,
+        "ratio": estimate / peak if peak > 0 else None,
+        "states": peak * world / (load.batch * load.tokens * models.HIDDEN * 2),
     }  # fmt: skip
     print({name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
     return row
 
 
+def measure(model, setting: tuple) -> dict:
+    """In this process."""
+    cuda = torch.cuda.is_available()
+    comfy.model_management.unload_all_models()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    load = run(model, PLANS[setting[0]], *setting[1:])
+    weights = 0 if not cuda else min(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
+    return row_of(setting, load, 1, weights, torch.cuda.max_memory_allocated() - weights if cuda else 0)
+
+
+def measure_shared(model, setting: tuple, world: int) -> dict:
+    """In the first of some workers that are running, its first run of this setting."""
+    load = run(model, replace(PLANS[setting[0]], parallel=ParallelConfig("all")), *setting[1:])
+    assert group._group is not None
+    weights = model.model_size()
+    return row_of(setting, load, world, weights, max(group._group.last_run["peak_bytes"] - weights, 0))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worlds", type=int, nargs="*", default=[])
     parser.add_argument("--small", action="store_true", help="a hundredth of the tokens, to see that it runs")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    settings = SETTINGS if not options.small else [(path, 128, 80, 9, cfg) for path, _, _, _, cfg in SETTINGS[-2:]]
-    with torch.inference_mode():
-        model = models.random_model(2, 2, models.HIDDEN if not options.small else 256)
-        rows = [measure(model, *setting) for setting in settings]
+    settings, hidden, rows = SHARED if options.worlds else SETTINGS, models.HIDDEN, []
+    if options.small:
+        settings, hidden = [(setting[0], 128, 80, 9, setting[-1]) for setting in settings[-2:]], 256
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        model = comfy.sd.load_diffusion_model(models.random_checkpoint(folder, 2, 2, hidden))
+        for world in options.worlds:
+            with workers_on_one_card(world, "0" if torch.cuda.is_available() else "cpu"):
+                rows += [measure_shared(model, setting, world) for setting in settings]
+        if not options.worlds:
+            rows = [measure(model, setting) for setting in settings]
     print(
         json.dumps({
             "device": device_name(), "comfyui": comfyui_version.__version__, "torch": torch.__version__,

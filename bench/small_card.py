@@ -2,9 +2,10 @@
 
     python3 -m bench.small_card [--gb 24] [--world 1] [--steps 2]
 
-All workers run on the first GPU (bench/one_card.py). Each is told that the card has so many GB, and its allocator fails
-beyond that. All 60 blocks, random weights; FP8, attention and compiled blocks. Prints the first worker's peak, a CUDA
-context included, and the estimate; ends with one JSON line. Times are of workers that take turns on one GPU.
+All workers run on the first GPU (bench/one_card.py); --world 0: no workers, ComfyUI's own process. Each is told that
+the card has so many GB, and its allocator fails beyond that. All 60 blocks, random weights; FP8, attention and compiled
+blocks. Prints the first worker's peak, of its tensors and with what its allocator kept and a CUDA context, and the
+estimate; ends with one JSON line. Times of several workers are of workers that take turns on one GPU.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import logging
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,9 +29,10 @@ import torch  # noqa: E402
 from skein import engine  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
 from skein.bench.one_card import workers_on_one_card  # noqa: E402
-from skein.bench.other_card.sitecustomize import CONTEXT  # noqa: E402
+from skein.bench.other_card.sitecustomize import CONTEXT, limited  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
+from skein.devices import peaks_of  # noqa: E402
 from skein.estimate import Load, work_bytes  # noqa: E402
 from skein.parallel import group  # noqa: E402
 from skein.plan import AttentionConfig, CompileConfig, FP8Config, ParallelConfig, Plan  # noqa: E402
@@ -48,29 +51,35 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("skein").setLevel(logging.INFO)
-    card, whole = int(options.gb * 1e9), torch.cuda.get_device_properties(0).total_memory
+    size, whole = int(options.gb * 1e9), torch.cuda.get_device_properties(0).total_memory
     limit = {
-        "SKEIN_CARD_BYTES": str(card),
-        "PYTORCH_ALLOC_CONF": f"per_process_memory_fraction:{(card - CONTEXT) / whole:.4f}",
+        "SKEIN_CARD_BYTES": str(size),
+        "PYTORCH_ALLOC_CONF": f"per_process_memory_fraction:{(size - CONTEXT) / whole:.4f},expandable_segments:True",
     }
-    plan = Plan(None, AttentionConfig(), FP8Config(), CompileConfig(), ParallelConfig("all"))
+    plan = Plan(None, AttentionConfig(), FP8Config(), CompileConfig(), ParallelConfig("all") if options.world else None)
     latent = torch.zeros(models.latent_shape(options.width, options.height, options.frames))
     tokens = latent.shape[2] * latent.shape[3] * latent.shape[4] // 4
-    estimate = work_bytes(Load(tokens, TEXT, models.HIDDEN), plan, options.world)
-    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        model = comfy.sd.load_diffusion_model(models.random_checkpoint(folder, options.double, options.single))
-        small = changed([(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=card))])
-        with workers_on_one_card(options.world, **limit), small:
-            started = time.perf_counter()
-            planned, text = engine.edit(model, **vars(plan)), models.conditioning(TEXT)
-            out = sample(planned, text, latent=latent, steps=options.steps)
-            seconds = time.perf_counter() - started
-            assert group._group is not None
-            peak = group._group.last_run["peak_bytes"]
+    estimate = work_bytes(Load(tokens, TEXT, models.HIDDEN), plan, max(options.world, 1))
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder, ExitStack() as card:
+        checkpoint = models.random_checkpoint(folder, options.double, options.single)
+        if options.world:
+            properties = SimpleNamespace(total_memory=size)
+            card.enter_context(changed([(torch.cuda, "get_device_properties", lambda _: properties)]))
+            card.enter_context(workers_on_one_card(options.world, **limit))
+        else:
+            torch.cuda.set_per_process_memory_fraction((size - CONTEXT) / whole)
+            card.enter_context(changed([(torch.cuda, "mem_get_info", lambda device=None: limited(size, device))]))
+        model = comfy.sd.load_diffusion_model(checkpoint)
+        started = time.perf_counter()
+        planned, text = engine.edit(model, **vars(plan)), models.conditioning(TEXT)
+        out = sample(planned, text, latent=latent, steps=options.steps)
+        seconds = time.perf_counter() - started
+        peaks = group._group.last_run if group._group is not None else peaks_of(torch.device("cuda"))
     print(
         json.dumps({
             "device": device_name(), "gb": options.gb, "world": options.world, "finite": bool(out.isfinite().all()),
-            "run_s": seconds, "peak_gb": (peak + CONTEXT) / 1e9, "estimated_work_gb": estimate / 1e9,
+            "run_s": seconds, "tensors_gb": peaks["peak_bytes"] / 1e9,
+            "peak_gb": (peaks["reserved_bytes"] + CONTEXT) / 1e9, "estimated_work_gb": estimate / 1e9,
             "random": "weights and conditioning", "sizes": vars(options),
         })
     )  # fmt: skip

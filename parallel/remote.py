@@ -24,7 +24,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_ke
 from torch import Tensor, nn
 
 from .. import live
-from ..estimate import Load, work_bytes
+from ..estimate import Load, room_bytes
 from ..models import call_options, find_stack, share
 from ..patchers import clone_over, unload
 from ..plan import PLAN_KEY, Plan
@@ -124,7 +124,7 @@ class _Caller:
         sample = next(value for value in args if isinstance(value, Tensor))
         if not self.calls:
             load = Load.of(find_stack(execute.class_obj), sample.shape, sample.element_size())  # type: ignore[attr-defined]
-            clear_own(self.own, work_bytes(load, self.plan, len(self.group.setting.devices)))
+            clear_own(self.own, room_bytes(load, self.plan, len(self.group.setting.devices)))
         options = call_options(args, kwargs)
         message = {
             "args": [OPTIONS if value is options else value for value in args],

@@ -11,7 +11,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from torch import Tensor
 
 from .. import devices, engine
-from ..estimate import Load, work_bytes
+from ..estimate import Load, room_bytes
 from ..models import find_stack
 from ..parallel.mesh import Mesh
 from ..parallel.protocol import OPTIONS
@@ -69,7 +69,7 @@ class Worker:
         """Have the model on the device, or as much of it as a call with this latent leaves room for."""
         patcher = self.guider.model_patcher
         load = Load.of(find_stack(patcher.model.diffusion_model), latent.shape, latent.element_size())
-        need = work_bytes(load, self.plan, self.mesh.world)
+        need = room_bytes(load, self.plan, self.mesh.world)
         if self.reserved is not None and need <= self.reserved:
             return
         memory.load_models_gpu([patcher], memory_required=need)
@@ -101,7 +101,7 @@ class Worker:
         """
         run, self.run = self.run, contextlib.ExitStack()
         run.close()
-        told = {"exchange_s": self.mesh.exchange_seconds(), "peak_bytes": devices.peak_of(self.mesh.device)}
+        told = {"exchange_s": self.mesh.exchange_seconds(), **devices.peaks_of(self.mesh.device)}
         memory.soft_empty_cache()
         return told
 

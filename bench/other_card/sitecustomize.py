@@ -12,6 +12,13 @@ import sys
 CONTEXT = 0.7e9  # bytes
 
 
+def limited(size, device):
+    """Free and all bytes of a card of this size that only this process uses."""
+    from torch.cuda.memory import memory_reserved
+
+    return max(int(size - CONTEXT) - memory_reserved(device), 0), size
+
+
 class SmallCard(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name != "torch.cuda.memory":
@@ -21,11 +28,8 @@ class SmallCard(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            card = int(os.environ["SKEIN_CARD_BYTES"])
-            module.mem_get_info = lambda device=None: (
-                max(int(card - CONTEXT) - module.memory_reserved(device), 0),
-                card,
-            )
+            size = int(os.environ["SKEIN_CARD_BYTES"])
+            module.mem_get_info = lambda device=None: limited(size, device)
 
         spec.loader.exec_module = exec_module
         return spec

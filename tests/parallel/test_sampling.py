@@ -162,5 +162,5 @@ def test_this_process_makes_room_for_calls_where_they_need_it(models, monkeypatc
     run()
     memory.load_models_gpu([other])
     assert run()  # the workers have their model, and there is room for calls
-    monkeypatch.setattr("skein.parallel.remote.work_bytes", lambda *_: 1e18)
+    monkeypatch.setattr("skein.parallel.remote.room_bytes", lambda *_: 1e18)
     assert not run()
