@@ -13,7 +13,8 @@ from .plan import Plan
 # Hidden states (tokens x width values) that a call holds at its peak, by how the blocks run.
 EAGER, COMPILED, COMPILED_FP8 = 14.2, 15.7, 13.3
 KEPT = 1.07  # for each that the cache keeps, its signature counted
-WHOLE = 1.0  # and, of several GPUs, on each: the whole video's tokens as the first block is given them
+EXCHANGED = 2.0  # more on each of several GPUs: queries, keys and values on their way to the others
+WHOLE = 1.6  # and of the whole video's tokens: as the first block is given them, and as the last one leaves them
 FIXED = 20e6  # bytes: embedders, the latent
 TEXT_TOKENS = 256  # where the text is not known
 SPARE = 1.1  # room in works: between tensors the allocator is left with pieces that fit none
@@ -44,8 +45,8 @@ def work_bytes(load: Load, plan: Plan, world: int = 1) -> float:
     own = load.tokens / world
     blocks = EAGER if plan.compile is None else COMPILED if plan.fp8 is None else COMPILED_FP8
     kept = KEPT * (plan.cache.order + 1) if plan.cache and plan.cache.threshold > 0 else 0
-    whole = WHOLE * load.tokens if world > 1 else 0
-    return state * ((own + load.text) * blocks + own * kept + whole) + FIXED
+    shared = own * EXCHANGED + load.tokens * WHOLE if world > 1 else 0
+    return state * ((own + load.text) * blocks + own * kept + shared) + FIXED
 
 
 def room_bytes(load: Load, plan: Plan, world: int = 1) -> float:

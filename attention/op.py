@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # q, k, v (B, H, S, D), mask to (B, S, H, D)
+NAME = "skein::attention"
 ATTEND = "skein_attend"  # attribute of a thread: there, two copies of the pack in one ComfyUI share the operator
 
 
@@ -29,15 +30,29 @@ def active(attend: Attend) -> Iterator[None]:
         setattr(thread, ATTEND, before)
 
 
-@torch.library.custom_op("skein::attention", mutates_args=())
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of (B, H, S, D) queries, keys and values as (B, S, H * D); mask: added to the scores."""
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     attend = getattr(threading.current_thread(), ATTEND, None)
     assert attend is not None, "skein::attention runs inside of a model call only"
     return attend(q, k, v, mask).flatten(2).contiguous()
 
 
-@attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def _shape(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     batch, heads, tokens, head_dim = q.shape
     return q.new_empty(batch, tokens, heads * head_dim)
+
+
+def _operator() -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    """Attention of (B, H, S, D) queries, keys and values as (B, S, H * D); mask: added to the scores.
+
+    Registered by the plain interface, once in a process: custom_op would take the operator from under another copy of
+    the pack, and its own dispatch (PyTorch 2.14) fails now and then with "vector::reserve".
+    """
+    if not hasattr(torch.ops.skein, "attention"):
+        schema = "(Tensor q, Tensor k, Tensor v, Tensor? mask=None) -> Tensor"
+        torch.library.define(NAME, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(NAME, "default", _attention)
+        torch.library.register_fake(NAME, _shape)
+    return torch.ops.skein.attention.default
+
+
+attention = _operator()

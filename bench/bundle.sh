@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pack what the benchmarks need on an offline x86-64 GPU machine (Python 3.12 with torch, transformers, einops, safetensors)
-# into .bundle/bundle.tar.xz, about 42 MB:   bash bench/bundle.sh COMFYUI_DIR [PYTHON_VERSION]
+# into .bundle/bundle.tar.xz, about 40 MB:   bash bench/bundle.sh COMFYUI_DIR [PYTHON_VERSION]
 # There, with the checkout and .bundle beside it:   bash bench/offline.sh -m bench.step
 set -euo pipefail
 comfy=${1:?ComfyUI folder}; python=${2:-3.12}

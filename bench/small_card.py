@@ -61,7 +61,7 @@ def main() -> None:
     tokens = latent.shape[2] * latent.shape[3] * latent.shape[4] // 4
     estimate = work_bytes(Load(tokens, TEXT, models.HIDDEN), plan, max(options.world, 1))
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder, ExitStack() as card:
-        checkpoint = models.random_checkpoint(folder, options.double, options.single)
+        model = comfy.sd.load_diffusion_model(models.random_checkpoint(folder, options.double, options.single))
         if options.world:
             properties = SimpleNamespace(total_memory=size)
             card.enter_context(changed([(torch.cuda, "get_device_properties", lambda _: properties)]))
@@ -69,7 +69,6 @@ def main() -> None:
         else:
             torch.cuda.set_per_process_memory_fraction((size - CONTEXT) / whole)
             card.enter_context(changed([(torch.cuda, "mem_get_info", lambda device=None: limited(size, device))]))
-        model = comfy.sd.load_diffusion_model(checkpoint)
         started = time.perf_counter()
         planned, text = engine.edit(model, **vars(plan)), models.conditioning(TEXT)
         out = sample(planned, text, latent=latent, steps=options.steps)
