@@ -10,6 +10,7 @@ import collections
 import json
 import logging
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -40,7 +41,7 @@ STATES = {  # of workers asked to
     "take_vae": live.LOADING, "decode_strip": live.RUNNING, "decode_tile": live.RUNNING,
     "room": live.READY, "make_room": live.READY,
 }  # fmt: skip
-ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # ComfyUI may have put cudaMallocAsync there
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # before and since PyTorch 2.9
 SEGMENTS = "expandable_segments:True"  # 0.9 of 24 GB were free and too scattered to be used without
 
 
@@ -72,6 +73,16 @@ class Setting:
             return ["--standalone", "--local-addr=127.0.0.1"]
         host, port = self.endpoint.rsplit(":", 1)
         return [f"--nnodes={self.nodes}", "--node-rank=0", f"--master-addr={host}", f"--master-port={port}"]
+
+
+def _choose_allocator(environment: dict[str, str]) -> None:
+    """A worker's, in its environment: the user's choice, or segments that grow."""
+    for name in ALLOCATOR:
+        if "cudaMallocAsync" in environment.get(name, ""):  # ComfyUI's own choice
+            del environment[name]
+    wsl = "microsoft" in platform.release().lower()  # its driver has not always had what segments need
+    if not wsl and not any(name in environment for name in ALLOCATOR):
+        environment |= dict.fromkeys(ALLOCATOR, SEGMENTS)
 
 
 class Group:
@@ -175,11 +186,7 @@ class Group:
             "key": key.hex(),
         }
         environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
-        for name in ALLOCATOR:
-            if "cudaMallocAsync" in environment.get(name, ""):
-                del environment[name]
-        if not any(name in environment for name in ALLOCATOR):
-            environment |= dict.fromkeys(ALLOCATOR, SEGMENTS)
+        _choose_allocator(environment)
         environment.setdefault("OMP_NUM_THREADS", str(setting.threads()))
         environment["SKEIN_WORKER"] = json.dumps(told)
         command = [
