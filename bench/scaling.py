@@ -1,12 +1,13 @@
 """Context parallelism on the GPUs of this machine: seconds a step against one process, start-up, memory.
 
-    python3 -m bench.scaling [--worlds 1 2 4 8] [--steps 4] [--paths exact all]
+    python3 -m bench.scaling [--worlds 1 2 4 8] [--steps 4] [--paths exact all] [--double 2 --single 4]
+    python3 -m bench.scaling --paths exact --no-stock --arrangements 8x1 4x2 2x4 [--double 2 --single 4]
     python3 -m bench.scaling --cpu --width 128 --height 128 --frames 9 --hidden 256 --double 2 --single 4
 
 The 13 B HunyuanVideo with random weights (bench/random_model.py) is written to a temporary file, as a checkpoint that
 every process loads. A step is the time between two of the sampler's callbacks, the median without the first. The one
-process runs the same plan, in this process; stock ComfyUI runs too. Random: weights and conditioning. Ends with one
-JSON line.
+process runs the same plan, in this process; stock ComfyUI runs too. Arrangements are degrees, Ulysses x ring; without
+them the workers measure which is fastest. Random: weights and conditioning. Ends with one JSON line.
 """
 
 import argparse
@@ -81,15 +82,15 @@ def gpu_gib() -> list[float]:
     return [round((total - left) / 2**30, 1) for left, total in free]
 
 
-def measure(model, name: str, world: int, arguments: dict, alone: dict, options) -> dict:
+def measure(model, name: str, degrees: tuple[int, int], world: int, arguments: dict, alone: dict, cpu: bool) -> dict:
     """One path in so many workers: cold, then warm."""
-    devices = ",".join(["cpu"] * world if options.cpu else map(str, range(world)))
-    plan = replace(PATHS[name], parallel=ParallelConfig(devices, options.ulysses, options.ring))
+    devices = ",".join(["cpu"] * world if cpu else map(str, range(world)))
+    plan = replace(PATHS[name], parallel=ParallelConfig(devices, *degrees))
     _, cold = run(model, plan, {**arguments, "steps": 2})
     out, warm = run(model, plan, arguments)
     assert group._group is not None
     row = {
-        "path": name, "world": world, **warm,
+        "path": name, "world": world, "degrees": degrees, **warm,
         "cold_first_step_s": cold["first_step_s"],
         "warm_start_s": warm["first_step_s"] - warm["step_s"],
         "over_one_process": alone["step_s"] / warm["step_s"],
@@ -103,14 +104,27 @@ def measure(model, name: str, world: int, arguments: dict, alone: dict, options)
     return row
 
 
+def arrangement(text: str) -> tuple[int, int]:
+    """Ulysses and ring degree."""
+    ulysses, ring = map(int, text.split("x"))
+    return ulysses, ring
+
+
+def groups(options: argparse.Namespace, there: int) -> list[tuple[tuple[int, int], int]]:
+    """Degrees and number of workers of each group to measure."""
+    given = {(degrees, degrees[0] * degrees[1]) for degrees in options.arrangements}
+    wanted = sorted(given) or [((0, 0), world) for world in options.worlds]
+    return [(degrees, world) for degrees, world in wanted if world <= there]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in dict(
-        width=1280, height=720, frames=129, steps=4, double=models.DOUBLE, single=models.SINGLE, hidden=models.HIDDEN,
-        ulysses=0, ring=0,
-    ).items():  # fmt: skip
+        width=1280, height=720, frames=129, steps=4, double=models.DOUBLE, single=models.SINGLE, hidden=models.HIDDEN
+    ).items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--worlds", type=int, nargs="*", default=[1, 2, 4, 8])
+    parser.add_argument("--worlds", type=int, nargs="*", default=[1, 2, 4, 8], help="workers")
+    parser.add_argument("--arrangements", nargs="*", default=[], type=arrangement, help="such as 4x2")
     parser.add_argument("--paths", nargs="*", default=list(PATHS)[1:])
     parser.add_argument("--cpu", action="store_true", help="workers on the CPU")
     parser.add_argument("--no-stock", action="store_true")
@@ -131,8 +145,9 @@ def main() -> None:
             rows.append({"path": name, "world": 0, **row, "gpu_gib": gpu_gib()})
             print(rows[-1], flush=True)
             comfy.model_management.unload_all_models()
-            for world in [world for world in options.worlds if world <= there and name != "stock"]:
-                rows.append(measure(model, name, world, arguments, {**row, "out": out}, options))
+            alone = {**row, "out": out}
+            for degrees, world in groups(options, there) if name != "stock" else []:
+                rows.append(measure(model, name, degrees, world, arguments, alone, options.cpu))
         release()
     print(
         json.dumps({
