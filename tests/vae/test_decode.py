@@ -21,7 +21,7 @@ from skein.plan import DecodeConfig, ParallelConfig
 from skein.vae.decode import decode
 from skein.vae.tiles import tiling_of
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-4
 TILES = dict(tile_size=64, overlap=16, temporal_size=8, temporal_overlap=4)
 FRAMES = (2, 2, 3, 4)  # B, T, H, W of the latent
 

@@ -15,7 +15,7 @@ from skein.vae.strip import Strip
 from torch import nn
 
 SCRIPT = Path(__file__).parent / "strips.py"
-TOLERANCE = 1e-5  # of the largest difference; the frames have a standard deviation of 0.1 to 1
+TOLERANCE = 1e-4  # of the largest difference (on two kinds of CPU 0.8e-5, 1.7e-5); frames have a deviation of 0.1 to 1
 
 
 @pytest.mark.parametrize("world", [2, 3])
