@@ -97,7 +97,7 @@ class Group:
         self.holder: Any = None  # whose model it is
         self.resident = False  # whether the model is on the devices, as far as this process has asked for it
         self.vae: Any = None  # what makes the VAE that the workers have
-        self.last_run: dict = {}  # in numbers: calls, call_s; and the first worker's exchange_s, peak_bytes
+        self.last_run: dict = {}  # in numbers: see remote.figures
         self.pids: dict[int, int] = {}  # of the workers on this machine, by rank
         self._check_interrupt = check_interrupt
         self._channels: dict[int, Channel] = {}
@@ -188,6 +188,7 @@ class Group:
         environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         _choose_allocator(environment)
         environment.setdefault("OMP_NUM_THREADS", str(setting.threads()))
+        environment.setdefault("TORCH_NCCL_AVOID_RECORD_STREAMS", "1")  # the default since PyTorch 2.7; see exchange.py
         environment["SKEIN_WORKER"] = json.dumps(told)
         command = [
             sys.executable, str(WORKER / "launch.py"), *setting.rendezvous(),

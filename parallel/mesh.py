@@ -44,7 +44,6 @@ class Arrangement:
         rings = [list(range(first, world, ulysses)) for first in range(ulysses)]
         self.ulysses_group = _group_of(rank, neighbours, timeout)
         self.ring_group = _group_of(rank, rings, timeout)
-        self.ring_members = rings[self.ulysses_rank]
 
     def __str__(self) -> str:
         return f"Ulysses {self.ulysses_size} x ring {self.ring_size}"

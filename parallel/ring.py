@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention import attention_with_lse
+from .exchange import begin_exchange, finish
 from .mesh import Arrangement, Mesh
 
 
@@ -32,8 +33,7 @@ def ring_attention(
         transfers = _pass_on(current, coming, arrangement)
         lse = merge(out, lse, *attention_with_lse(q, keys, values))
         with mesh.exchanging():
-            for transfer in transfers:
-                transfer.wait()
+            finish(transfers)
         current = coming
         keys, values = current
     merge(out, lse, *attention_with_lse(q, keys, values))
@@ -50,12 +50,8 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
 
 
 def _pass_on(send: Tensor, receive: Tensor, arrangement: Arrangement) -> list[dist.Work]:
-    """To the next rank of the ring, from the one before."""
-    members, rank, group = arrangement.ring_members, arrangement.ring_rank, arrangement.ring_group
-    following, before = members[(rank + 1) % len(members)], members[(rank - 1) % len(members)]
-    return dist.batch_isend_irecv(
-        [
-            dist.P2POp(dist.isend, send, following, group=group),
-            dist.P2POp(dist.irecv, receive, before, group=group),
-        ]
-    )
+    """Begin to pass a tensor on to the next rank of the ring, and to receive one from the one before."""
+    rank, size = arrangement.ring_rank, arrangement.ring_size
+    sent, received = ([send.new_empty(0)] * size for _ in range(2))
+    sent[(rank + 1) % size], received[(rank - 1) % size] = send, receive
+    return begin_exchange(sent, received, arrangement.ring_group)

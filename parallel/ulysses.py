@@ -3,16 +3,22 @@
 After DeepSpeed-Ulysses (Jacobs et al., arxiv.org/abs/2309.14509), for a few text tokens that every rank has and many
 image tokens of which each has a slice. Slices and heads may be uneven, nothing is padded. Rows of tokens come first in
 what is exchanged: so, for one sample, what arrives is the sequence as the kernel takes it, and the kernel's output is
-what is sent.
+what is sent. Queries travel while keys are packed, and so on; a rank's own part is copied while the others travel.
 
 Letters: B batch, H heads, h those of this rank, T text tokens, S image tokens of the group, s those of this rank,
 D head dim.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .exchange import begin_exchange, finish
+
+WIDE = torch.complex128  # copies of what is not contiguous move value by value, so bytes are copied as the widest
 
 
 class Ulysses:
@@ -27,39 +33,55 @@ class Ulysses:
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, T + s, D) as (B, h, T + S, D)."""
-        batch, width = q.shape[0], q.shape[3]
-        first, own, rows = sum(self.heads[: self.rank]), self.heads[self.rank], self.tokens[self.rank]
-        whole = q.new_empty(self.text + sum(self.tokens), batch, 3, own, width)
-        send = q.new_empty(rows * batch * 3 * sum(self.heads) * width)
-        sizes = [rows * batch * 3 * count * width for count in self.heads]
-        buffers = [part.view(rows, batch, 3, -1, width) for part in send.split(sizes)]
-        for place, x in enumerate((q, k, v)):
-            whole[: self.text, :, place] = x[:, first : first + own, : self.text].permute(2, 0, 1, 3)
-            for buffer, part in zip(buffers, x[:, :, self.text :].split(self.heads, dim=1)):
-                buffer[:, :, place] = part.permute(2, 0, 1, 3)
-        arriving = [count * batch * 3 * own * width for count in self.tokens]
-        dist.all_to_all_single(whole[self.text :].view(-1), send, arriving, sizes, group=self.group)
-        q, k, v = (whole[:, :, place].permute(1, 2, 0, 3) for place in range(3))
+        works, wholes, rest = [], [], []
+        for x in (q, k, v):
+            heads = wide(x).permute(2, 0, 1, 3).split(self.heads, dim=2)  # of each rank (T + s, B, h, D)
+            own = heads[self.rank]
+            wholes.append(own.new_empty(self.text + sum(self.tokens), *own.shape[1:]))
+            text, *images = self._parts(wholes[-1])
+            works += self._begin([each[self.text :] for each in heads], images)
+            rest += [(text, own[: self.text]), (images[self.rank], own[self.text :])]
+        for place, part in rest:
+            place.copy_(part)
+        finish(works)
+        q, k, v = (whole.view(q.dtype).permute(1, 2, 0, 3) for whole in wholes)
         return q, k, v
 
     def to_tokens(self, out: Tensor) -> Tensor:
         """Attention's output (B, T + S, h, D) as (B, T + s, H, D)."""
-        batch, _, _, width = out.shape
-        rows = out.transpose(0, 1).contiguous()  # (T + S, B, h, D)
-        whole = out.new_empty(batch, self.text + self.tokens[self.rank], sum(self.heads), width)
-        everyone = len(self.heads)
-        text = rows[: self.text].expand(everyone, -1, -1, -1, -1).flatten(0, 1).contiguous()  # all need all of it
-        self._collect(text, [self.text] * everyone, whole[:, : self.text])
-        self._collect(rows[self.text :], self.tokens, whole[:, self.text :])
-        return whole
+        text, *images = self._parts(wide(out).transpose(0, 1))  # (tokens, B, h, D)
+        _, batch, _, width = text.shape
+        rows = self.text + self.tokens[self.rank]
+        arriving = [text.new_empty(rows, batch, heads, width) for heads in self.heads]
+        works = self._begin([text] * len(images), [each[: self.text] for each in arriving])  # all need all of it
+        works += self._begin(images, [each[self.text :] for each in arriving])
+        whole = text.new_empty(batch, rows, sum(self.heads), width)
+        places = whole.transpose(0, 1).split(self.heads, dim=2)
+        places[self.rank][: self.text].copy_(text)
+        places[self.rank][self.text :].copy_(images[self.rank])
+        finish(works)
+        for rank, part in enumerate(arriving):
+            if rank != self.rank:
+                places[rank].copy_(part)
+        return whole.view(out.dtype)
 
-    def _collect(self, rows: Tensor, counts: list[int], target: Tensor) -> None:
-        """Send `counts` of the rows (R, B, h, D) to each rank, and put what they send into target (B, r, H, D)."""
-        _, batch, own, width = rows.shape
-        sizes = [target.shape[1] * batch * heads * width for heads in self.heads]
-        received = rows.new_empty(sum(sizes))
-        dist.all_to_all_single(
-            received, rows.reshape(-1), sizes, [count * batch * own * width for count in counts], group=self.group
+    def _parts(self, rows: Tensor) -> Sequence[Tensor]:
+        """The text's rows of (T + S, ...), and each rank's."""
+        return rows.split([self.text, *self.tokens])
+
+    def _begin(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> list[dist.Work]:
+        """Begin to exchange tensors with each other rank; those of this rank itself stay where they are."""
+        nothing = received[self.rank].new_empty(0)
+        others = [rank != self.rank for rank in range(len(self.heads))]
+        return begin_exchange(
+            [each.contiguous() if other else nothing for each, other in zip(sent, others)],
+            [each if other else nothing for each, other in zip(received, others)],
+            self.group,
         )
-        for part, heads, place in zip(received.split(sizes), self.heads, target.split(self.heads, dim=2)):
-            place.copy_(part.view(-1, batch, heads, width).transpose(0, 1))
+
+
+def wide(x: Tensor) -> Tensor:
+    """The same bytes as WIDE, where they lie so that they can be seen so; else x."""
+    ratio = WIDE.itemsize // x.element_size()
+    lies = x.stride(-1) == 1 and not any(n % ratio for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1]))
+    return x.view(WIDE) if lies else x

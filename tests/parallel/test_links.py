@@ -24,11 +24,9 @@ class Sent(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
         name = function.name()
-        if name == "c10d::alltoall_base_":
-            _, sent, _, _, sizes = args[:5]
-            self.bytes += sum(sizes[1:]) * sent[0].numel() * sent.element_size()
-        elif name == "c10d::send":
-            self.bytes += sum(each.nbytes for each in args[0])
+        if name == "c10d::alltoall_":
+            self.bytes += sum(each.nbytes for each in args[1])
+            args = (args[1], *args[1:])  # the fake group copies what is sent to what is received of the same place
         return function(*args, **(kwargs or {}))
 
 

@@ -1,0 +1,41 @@
+"""Messages between the ranks of a group, while the device works on.
+
+By a collective wherever there is one. NCCL's sends and receives one by one (P2POp) have the allocator keep each tensor
+from being used again until the device has come past it (Tensor.record_stream), and the host is dozens of layers ahead:
+they fill the GPU with what they have sent, until the allocator waits and starts anew. A collective's tensors are free
+once it has been waited for.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def begin_exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: Any = None) -> list[dist.Work]:
+    """Begin to send a tensor to each rank of a group, and to receive one from each in place. What is returned is to be
+    waited for, on the device's stream (finish).
+
+    All are contiguous and of one type and device. An empty one is not sent; its receiver has an empty one for it.
+    group: None for all ranks.
+    """
+    sent, received = ([each.view(torch.uint8) for each in tensors] for tensors in (sent, received))
+    group = group or dist.group.WORLD
+    if dist.get_backend(group) != "gloo":
+        return [dist.all_to_all(received, sent, group, async_op=True)]  # type: ignore[list-item]
+    # Not every PyTorch has gloo's all_to_all of lists.
+    operations = [
+        dist.P2POp(function, tensor, dist.get_global_rank(group, rank), group)
+        for function, tensors in ((dist.isend, sent), (dist.irecv, received))
+        for rank, tensor in enumerate(tensors)
+        if tensor.numel()
+    ]
+    return dist.batch_isend_irecv(operations) if operations else []
+
+
+def finish(works: Sequence[dist.Work]) -> None:
+    """Have the device's stream, or the CPU, wait for exchanges."""
+    for work in works:
+        work.wait()
