@@ -4,7 +4,7 @@
 
 All workers run on the first GPU (bench/one_card.py); --world 0: no workers, ComfyUI's own process. Each is told that
 the card has so many GB, and its allocator fails beyond that. All 60 blocks, random weights; FP8, attention and compiled
-blocks. Prints the first worker's peak, of its tensors and with what its allocator kept and a CUDA context, and the
+blocks. Prints the fullest worker's peak, of its tensors and with what its allocator kept and a CUDA context, and the
 estimate; ends with one JSON line. Times of several workers are of workers that take turns on one GPU.
 """
 

@@ -61,8 +61,9 @@ def delegated(plan: Plan, guider) -> Iterator[None]:
         options = guider.model_options["transformer_options"]
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, wrapper, options)
         yield
-        figures = group.last_run = wrapper.figures() | group.ask("end", {}, CALL_SECONDS)
-        live.workers_changed(exchange_share=figures["exchange_s"] / max(figures["call_s"], 1e-9))
+        group.last_run = figures(wrapper, group.ask_all("end", {}, CALL_SECONDS))
+        for rank, seconds in enumerate(group.last_run["exchange_s"]):
+            live.workers_changed(rank, exchange_share=seconds / max(wrapper.seconds, 1e-9))
         show(config.node_id, wrapper.summary())
     finally:
         guider.model_patcher = source
@@ -140,13 +141,20 @@ class _Caller:
         self.seconds += time.perf_counter() - started
         return out
 
-    def figures(self) -> dict:
-        """The run in numbers, as far as this process knows them."""
-        return {"calls": self.calls, "call_s": self.seconds}
-
     def summary(self) -> str:
         each = self.seconds / max(self.calls, 1)
         return f"{self.calls} calls on {', '.join(self.group.setting.devices)}: {each:.2f} s each"
+
+
+def figures(caller: _Caller, told: dict[int, dict]) -> dict:
+    """A run in numbers: its calls, and what the workers told at its end, by rank.
+
+    exchange_s: of each rank, with what it waited for slower ones. Bytes: those of the fullest rank.
+    """
+    answers = [told[rank] for rank in sorted(told)]
+    fullest = {name: max(answer[name] for answer in answers) for name in ("peak_bytes", "reserved_bytes")}
+    exchanges = [answer["exchange_s"] for answer in answers]
+    return {"calls": caller.calls, "call_s": caller.seconds, "exchange_s": exchanges, **fullest}
 
 
 def _plain(options: dict) -> dict:
