@@ -1,6 +1,7 @@
-"""Workers that are killed, fail or are interrupted: one clear message, and the next run is right. On the CPU.
+"""Workers that are killed, fail or are interrupted: one clear message, and the next run is right.
 
-SKEIN_ROUNDS repeats each fault (the default is once; `make faults` takes ten).
+SKEIN_ROUNDS repeats each fault (the default is once; `make faults` takes ten). On the CPU, or on the two GPUs that
+SKEIN_DEVICES names ("0,1").
 """
 
 import os
@@ -22,9 +23,14 @@ from skein.parallel import GroupError, group, release
 from skein.plan import ParallelConfig
 
 ROUNDS = range(int(os.environ.get("SKEIN_ROUNDS", "1")))
-TWO = ParallelConfig("cpu,cpu")
+DEVICES = os.environ.get("SKEIN_DEVICES", "cpu,cpu")
+ON_CPU = DEVICES == "cpu,cpu"
+TWO = ParallelConfig(DEVICES)
+TOLERANCE = 2e-6 if ON_CPU else 1e-2  # ComfyUI computes in bfloat16 on GPUs
 BROKEN = Path(__file__).parent / "broken_worker"
 SLOW = dict(positive=text(7), shape=(1, 16, 9, 48, 48), steps=3)  # seconds a step
+if not ON_CPU:
+    SLOW |= dict(shape=(1, 16, 33, 90, 160), steps=100)  # seconds in all
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +88,7 @@ def test_a_rank_killed_in_the_middle_of_a_step(model, expected, rank, _round):
     with pytest.raises(GroupError, match=f"Worker {rank} .*ended without a word"):
         run(model, **SLOW)
     assert time.monotonic() - killed[0] < 5 and gone(pids.values())
-    assert relative_error(run(model), expected) < 2e-6
+    assert relative_error(run(model), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -92,7 +98,7 @@ def test_a_rank_killed_while_idle_costs_nothing_but_a_restart(model, expected, r
     pids = dict(group._group.pids)
     os.kill(pids[rank], signal.SIGKILL)
     assert gone([pids[rank]])
-    assert relative_error(run(model), expected) < 2e-6
+    assert relative_error(run(model), expected) < TOLERANCE
     assert "ended since the last run" in caplog.text and gone(pids.values())
 
 
@@ -114,7 +120,7 @@ def test_a_rank_killed_while_starting_or_loading(model, expected, rank, _round):
         run(model, **SLOW)
     assert time.monotonic() - killed[0] < 5
     thread.join()
-    assert relative_error(run(model), expected) < 2e-6
+    assert relative_error(run(model), expected) < TOLERANCE
 
 
 def ranks_started(rank):
@@ -129,8 +135,8 @@ def ranks_started(rank):
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        ("RuntimeError", GroupError, "Worker 1 .cpu. failed: RuntimeError: broken for the test"),
-        ("OutOfMemoryError", torch.OutOfMemoryError, "Worker 1 .cpu. ran out of memory"),
+        ("RuntimeError", GroupError, r"Worker 1 \(\w+\) failed: RuntimeError: broken for the test"),
+        ("OutOfMemoryError", torch.OutOfMemoryError, r"Worker 1 \(\w+\) ran out of memory"),
     ],
 )
 def test_one_rank_alone_fails(model, expected, kind, error, message, _round, monkeypatch):
@@ -142,7 +148,7 @@ def test_one_rank_alone_fails(model, expected, kind, error, message, _round, mon
         with pytest.raises(error, match=message):
             run(model)
     assert time.monotonic() - started < 60
-    assert relative_error(run(model), expected) < 2e-6
+    assert relative_error(run(model), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("_round", ROUNDS)
@@ -159,7 +165,7 @@ def test_an_interrupt_returns_at_once_and_the_workers_stay(model, expected, _rou
         run(model, **SLOW)
     assert time.monotonic() - pressed[0] < 1
     memory.interrupt_current_processing(False)
-    assert relative_error(run(model), expected) < 2e-6 and group._group.pids == pids
+    assert relative_error(run(model), expected) < TOLERANCE and group._group.pids == pids
 
 
 def test_unloading_ends_the_workers_and_the_next_run_starts_new_ones(model, expected):
@@ -167,11 +173,11 @@ def test_unloading_ends_the_workers_and_the_next_run_starts_new_ones(model, expe
     pids = list(group._group.pids.values())
     memory.unload_all_models()
     assert group._group is None and gone(pids)
-    assert relative_error(run(model), expected) < 2e-6
+    assert relative_error(run(model), expected) < TOLERANCE
 
 
 def test_workers_that_are_not_to_be_kept_are_not(model):
-    sample(engine.edit(model, parallel=ParallelConfig("cpu,cpu", keep_warm=False)), text(7), **SMALL)
+    sample(engine.edit(model, parallel=ParallelConfig(DEVICES, keep_warm=False)), text(7), **SMALL)
     assert group._group is None
 
 
@@ -189,6 +195,6 @@ def test_fifty_runs_in_a_row_leave_nothing(model, expected):
     handles, threads, resident = used()
     for _ in range(50):
         out = run(model)
-    assert relative_error(out, expected) < 2e-6
+    assert relative_error(out, expected) < TOLERANCE
     assert used()[:2] == (handles, threads)
     assert all(after < before + (16 << 20) for before, after in zip(resident, used()[2]))
