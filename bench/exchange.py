@@ -12,8 +12,10 @@ Ends with one JSON line.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from skein.attention import Selection  # noqa: E402
 from skein.attention.kernels import plain_attention  # noqa: E402
 from skein.bench.attention import inputs  # noqa: E402
 from skein.bench.timing import device_name, median_seconds  # noqa: E402
+from skein.parallel.exchange import join  # noqa: E402
 from skein.parallel.mesh import split  # noqa: E402
 from skein.parallel.ulysses import Ulysses  # noqa: E402
 from skein.plan import AttentionConfig  # noqa: E402
@@ -134,10 +137,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args()
-    dist.init_process_group("gloo" if options.cpu else "nccl")
-    device = "cpu" if options.cpu else f"cuda:{dist.get_rank()}"
+    device = "cpu" if options.cpu else f"cuda:{os.environ['LOCAL_RANK']}"
     if not options.cpu:
-        torch.cuda.set_device(dist.get_rank())
+        torch.cuda.set_device(device)
+    join(torch.device(device), timedelta(minutes=10))
     with torch.inference_mode():
         row = measure(options, device)
     if dist.get_rank() == 0:

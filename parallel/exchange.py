@@ -1,4 +1,4 @@
-"""Messages between the ranks of a group, while the device works on.
+"""Tensors between the ranks of a group, while the device works on.
 
 By a collective wherever there is one. NCCL's sends and receives one by one (P2POp) have the allocator keep each tensor
 from being used again until the device has come past it (Tensor.record_stream), and the host is dozens of layers ahead:
@@ -6,12 +6,26 @@ they fill the GPU with what they have sent, until the allocator waits and starts
 once it has been waited for.
 """
 
+import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+NCCL = {  # how PyTorch asks it, where the user has not said otherwise
+    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",  # of collectives; the default since PyTorch 2.7
+    "TORCH_NCCL_HIGH_PRIORITY": "1",  # what travels goes before the copies that are made meanwhile
+}
+
+
+def join(device: torch.device, timeout: timedelta) -> None:
+    """Make this process one of the group that its launcher's environment tells of."""
+    for name, value in NCCL.items():
+        os.environ.setdefault(name, value)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
 
 
 def begin_exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: Any = None) -> list[dist.Work]:

@@ -188,7 +188,6 @@ class Group:
         environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         _choose_allocator(environment)
         environment.setdefault("OMP_NUM_THREADS", str(setting.threads()))
-        environment.setdefault("TORCH_NCCL_AVOID_RECORD_STREAMS", "1")  # the default since PyTorch 2.7; see exchange.py
         environment["SKEIN_WORKER"] = json.dumps(told)
         command = [
             sys.executable, str(WORKER / "launch.py"), *setting.rendezvous(),

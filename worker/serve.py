@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import devices, report
+from ..parallel.exchange import join
 from ..parallel.mesh import Mesh
 from ..parallel.protocol import EVERYBODY, decode, size_of
 from ..parallel.transport import Channel
@@ -44,7 +45,7 @@ def serve(settings: dict) -> None:
         elif machines.across() and rank == 0 and channel:
             machines.watch(range(int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])), channel.send)
         device = memory.get_torch_device()
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        join(device, PATIENCE)
         mesh = Mesh(device, tuple(settings["degrees"]), PATIENCE)
         mail: Any = dist.new_group(backend="gloo", timeout=FOREVER)
         if channel:
