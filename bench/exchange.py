@@ -31,7 +31,7 @@ from skein.attention import Selection  # noqa: E402
 from skein.attention.kernels import plain_attention  # noqa: E402
 from skein.bench.attention import inputs  # noqa: E402
 from skein.bench.timing import device_name, median_seconds  # noqa: E402
-from skein.parallel.exchange import join  # noqa: E402
+from skein.parallel.exchange import begin_exchange, finish, join  # noqa: E402
 from skein.parallel.mesh import split  # noqa: E402
 from skein.parallel.ulysses import Ulysses  # noqa: E402
 from skein.plan import AttentionConfig  # noqa: E402
@@ -70,22 +70,11 @@ class Timing:
 
 
 def link(sending: list[int], receiving: list[int], device: str) -> Callable[[], None]:
-    """Sends so many bfloat16 values to each rank and receives so many from it, without a copy."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    sent = [torch.randn(count, device=device).bfloat16() for count in sending]
-    received = [torch.empty(count, device=device, dtype=torch.bfloat16) for count in receiving]
-
-    def run() -> None:
-        operations = [
-            dist.P2POp(function, tensors[other], other)
-            for other in range(world)
-            if other != rank
-            for function, tensors in ((dist.isend, sent), (dist.irecv, received))
-        ]
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-
-    return run
+    """Sends so many bfloat16 values to each other rank and receives so many from it, without a copy."""
+    others = [rank != dist.get_rank() for rank in range(dist.get_world_size())]
+    sent = [torch.randn(count * other, device=device).bfloat16() for count, other in zip(sending, others)]
+    received = [sent[0].new_empty(count * other) for count, other in zip(receiving, others)]
+    return lambda: finish(begin_exchange(sent, received))
 
 
 def measure(options: argparse.Namespace, device: str) -> dict:
@@ -99,10 +88,8 @@ def measure(options: argparse.Namespace, device: str) -> dict:
     qkv = torch.cat((qkv[:, : options.text], qkv[:, own]), dim=1).unflatten(2, (3, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     selection = Selection(AttentionConfig(), lambda q, k, v, _: plain_attention(q, k, v))
+    attention = selection.attend
     exchange = Ulysses(dist.group.WORLD, rank, heads, tokens, options.text)
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return selection.attend(q, k, v)
 
     def shared() -> Tensor:
         return exchange.to_tokens(attention(*exchange.to_heads(q, k, v)))

@@ -10,9 +10,10 @@ import pytest
 import torch
 from checkpoints import SMALL, random_model, text, with_lora
 from loras import relative_error
-from skein import engine
+from skein import engine, live
 from skein.demo.sampling import sample
 from skein.parallel import release
+from skein.parallel.group import running_group
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig
 from skein.report import recent_runs
 from small_models import HUNYUAN_VIDEO_15, around_the_text
@@ -141,6 +142,14 @@ def test_the_fastest_arrangement_is_measured_and_told(models, caplog):
         sample(engine.edit(models(4), parallel=ParallelConfig("cpu,cpu,cpu,cpu")), text(7), **SMALL)
     told = re.search(r"Ulysses \d x ring \d \(an attention with (.*)\)", caplog.text)
     assert told and [re.search(r"Ulysses (\d)", each)[1] for each in told[1].split(", ")] == ["4", "2", "1"]
+
+
+def test_every_rank_tells_what_exchanges_took(models):
+    sample(engine.edit(models(2), parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
+    run = running_group().last_run
+    assert len(run["exchange_s"]) == 2 and all(0 < seconds < run["call_s"] for seconds in run["exchange_s"])
+    shares = [process["exchange_share"] for process in live.snapshot()["processes"]]
+    assert [share for share in shares if share] == [seconds / run["call_s"] for seconds in run["exchange_s"]]
 
 
 def test_a_mask_goes_through_no_ring_whatever_was_fastest_without_one(models):
