@@ -48,7 +48,10 @@ class Strip:
         return torch.cat([next(edges), x, next(edges)], self.dim)
 
     def _swap(self, to_left: Tensor, to_right: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What both neighbours send for what they are sent; None where there is none."""
+        """What both neighbours send for what they are sent; None where there is none.
+
+        One by one: edges are small, so it does not matter how long their memory is kept (parallel/exchange.py).
+        """
         received: list[Tensor | None] = [None, None]
         operations = []
         for side, (neighbour, sent) in enumerate([(self.rank - 1, to_left), (self.rank + 1, to_right)]):

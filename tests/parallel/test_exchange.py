@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from skein.parallel.ulysses import WIDE, wide
+
 SCRIPT = Path(__file__).parent / "exchanges.py"
 
 
@@ -11,3 +14,16 @@ def test_tensors_arrive_by_either_way():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(SCRIPT)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("exchanged") == 3, done.stderr[-3000:]
+
+
+def test_bytes_are_seen_wide_where_they_lie_so():
+    """As blocks hand them over: new tensors, and views of a fused projection behind its text. Else as they are."""
+    fused = torch.randn(1, 7, 3, 2, 128, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
+    for x in (fused[1], fused[1, :, :, 3:], fused[0].contiguous()):
+        assert wide(x).dtype == WIDE and torch.equal(wide(x).contiguous().view(x.dtype), x.contiguous())
+    for x in (
+        torch.randn(2, 3, 12).bfloat16(),
+        fused[0].transpose(2, 3),
+        torch.randn(2, 3, 17)[..., 1:].bfloat16()[..., 1:9],
+    ):
+        assert wide(x) is x
