@@ -11,7 +11,8 @@ for part in comfy comfy_execution comfy_api comfy_extras utils app node_helpers.
   [ -e "$comfy/$part" ] && cp -r "$comfy/$part" "$room/ComfyUI/"
 done
 find "$room/ComfyUI" -name __pycache__ -prune -exec rm -rf {} +
-wanted=(torchsde trampoline torchao fa3-fwd sageattention==1.0.6)
+wanted=(torchsde trampoline torchao fa3-fwd sageattention==1.0.6
+        pytest==8.3.5 pytest-timeout iniconfig pluggy websocket-client)  # the last line for tests; newer pytest needs pygments
 mapfile -t pinned < <(grep -E '^comfy-(aimdo|kitchen)' "$comfy/requirements.txt")
 for requirement in "${wanted[@]}" "${pinned[@]}"; do
   python3 -m pip download -q --no-deps --only-binary=:all: --python-version "$python" --implementation cp -d "$room/wheels" \

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-NCCL = {  # how PyTorch asks it, where the user has not said otherwise
-    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",  # of collectives; the default since PyTorch 2.7
-    "TORCH_NCCL_HIGH_PRIORITY": "1",  # what travels goes before the copies that are made meanwhile
-}
+# How PyTorch asks NCCL, where the user has not said otherwise: what travels goes before the copies made meanwhile.
+NCCL = {"TORCH_NCCL_HIGH_PRIORITY": "1"}
+if torch.__version__ < "2.7":  # a version, so 2.10 is later; from then on the default, and warned of where it is set
+    NCCL["TORCH_NCCL_AVOID_RECORD_STREAMS"] = "1"  # of collectives
 
 
 def join(device: torch.device, timeout: timedelta) -> None:

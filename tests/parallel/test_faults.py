@@ -142,7 +142,7 @@ def ranks_started(rank):
 def test_one_rank_alone_fails(model, expected, kind, error, message, _round, monkeypatch):
     """Out of memory is ComfyUI's own exception for it, so that its handling runs."""
     with monkeypatch.context() as environment:
-        environment.setenv("PYTHONPATH", str(BROKEN))
+        environment.setenv("PYTHONPATH", str(BROKEN), prepend=os.pathsep)
         environment.setenv("SKEIN_BREAK", f"1:{kind}")
         started = time.monotonic()
         with pytest.raises(error, match=message):
