@@ -6,8 +6,9 @@
 One layer of HunyuanVideo 13 B at 720p x 129 frames, queries, keys and values Gaussian, laid out as its single blocks
 hand them over. Each figure is each rank's median of the second half of some seconds, because cards slow down when they
 are warm, not all alike. "alone" is the whole attention on one rank, by turns or at once on all; "link" the same bytes
-as the exchange's, ready to be sent, in one message to each other rank. The shared output is compared with the whole's.
-Ends with one JSON line.
+as the exchange's, ready to be sent, in one message to each other rank. "ring" is the same attention by keys and values
+that go round, "ring_attention" its kernel alone, on as many keys, and "ring_merge" one merge of two of its results. The
+shared outputs are compared with the whole's. Ends with one JSON line.
 """
 
 import argparse
@@ -27,15 +28,18 @@ load_pack()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from skein.attention import Selection  # noqa: E402
+from skein.attention import Selection, attention_with_lse  # noqa: E402
 from skein.attention.kernels import plain_attention  # noqa: E402
 from skein.bench.attention import inputs  # noqa: E402
 from skein.bench.timing import device_name, median_seconds  # noqa: E402
 from skein.parallel.exchange import begin_exchange, finish, join  # noqa: E402
-from skein.parallel.mesh import split  # noqa: E402
+from skein.parallel.mesh import Mesh, split  # noqa: E402
+from skein.parallel.ring import merge, ring_attention  # noqa: E402
 from skein.parallel.ulysses import Ulysses  # noqa: E402
 from skein.plan import AttentionConfig  # noqa: E402
 from torch import Tensor  # noqa: E402
+
+PATIENCE = timedelta(minutes=10)
 
 
 class Timing:
@@ -90,21 +94,25 @@ def measure(options: argparse.Namespace, device: str) -> dict:
     selection = Selection(AttentionConfig(), lambda q, k, v, _: plain_attention(q, k, v))
     attention = selection.attend
     exchange = Ulysses(dist.group.WORLD, rank, heads, tokens, options.text)
+    mesh = Mesh(torch.device(device), (1, world), PATIENCE)
 
     def shared() -> Tensor:
         return exchange.to_tokens(attention(*exchange.to_heads(q, k, v)))
 
+    def ring() -> Tensor:
+        return ring_attention(q, k, v, options.text, mesh.arrangements[0], tokens, mesh)
+
     expected = attention(*whole)
     expected = torch.cat((expected[:, : options.text], expected[:, own]), dim=1)
-    error = torch.tensor([float((shared() - expected).norm() / expected.norm())], device=device)
-    dist.all_reduce(error, dist.ReduceOp.MAX)
     there = exchange.to_heads(q, k, v)
-    out = attention(*there)
+    out, (part, lse) = attention(*there), attention_with_lse(q, k, v)
+    total = part.float()
     out_of = [128 * tokens[rank] * count for count in heads]  # values of one tensor for each other rank, of its heads
     into = [128 * count * heads[rank] for count in tokens]  # and from each
     timing = Timing(options.seconds, device)
     return {
-        "error": float(error),
+        "error": largest_error(shared(), expected),
+        "ring_error": largest_error(ring(), expected),
         "alone_by_turns_ms": timing.by_turns(lambda: attention(*whole)),
         "alone_at_once_ms": timing.at_once(lambda: attention(*whole)),
         "shared_ms": timing.at_once(shared),
@@ -113,8 +121,18 @@ def measure(options: argparse.Namespace, device: str) -> dict:
         "to_tokens_ms": timing.at_once(lambda: exchange.to_tokens(out)),
         "link_to_heads_ms": timing.at_once(link([3 * n for n in out_of], [3 * n for n in into], device)),
         "link_to_tokens_ms": timing.at_once(link(into, out_of, device)),
+        "ring_ms": timing.at_once(ring),
+        "ring_attention_ms": timing.at_once(lambda: [attention_with_lse(q, k, v) for _ in range(world)]),
+        "ring_merge_ms": timing.at_once(lambda: merge(total, lse, part, lse)),
         "kernels": selection.reasons,
     }
+
+
+def largest_error(out: Tensor, expected: Tensor) -> float:
+    """The relative difference, on the rank where it is largest."""
+    error = ((out - expected).norm() / expected.norm()).float()
+    dist.all_reduce(error, dist.ReduceOp.MAX)
+    return float(error)
 
 
 def main() -> None:
@@ -127,7 +145,7 @@ def main() -> None:
     device = "cpu" if options.cpu else f"cuda:{os.environ['LOCAL_RANK']}"
     if not options.cpu:
         torch.cuda.set_device(device)
-    join(torch.device(device), timedelta(minutes=10))
+    join(torch.device(device), PATIENCE)
     with torch.inference_mode():
         row = measure(options, device)
     if dist.get_rank() == 0:

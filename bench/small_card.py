@@ -4,13 +4,15 @@
 
 All workers run on the first GPU (bench/one_card.py); --world 0: no workers, ComfyUI's own process. Each is told that
 the card has so many GB, and its allocator fails beyond that. All 60 blocks, random weights; FP8, attention and compiled
-blocks. Prints the fullest worker's peak, of its tensors and with what its allocator kept and a CUDA context, and the
-estimate; ends with one JSON line. Times of several workers are of workers that take turns on one GPU.
+blocks. Prints the fullest worker's peak, of its tensors and with what its allocator kept and a CUDA context, the
+estimate, and what all have of the host's memory; ends with one JSON line. Times of several workers are of workers that
+take turns on one GPU.
 """
 
 import argparse
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -30,6 +32,7 @@ from skein import engine  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
 from skein.bench.one_card import workers_on_one_card  # noqa: E402
 from skein.bench.other_card.sitecustomize import CONTEXT, limited  # noqa: E402
+from skein.bench.scaling import host_gib  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
 from skein.devices import peaks_of  # noqa: E402
@@ -74,11 +77,12 @@ def main() -> None:
         out = sample(planned, text, latent=latent, steps=options.steps)
         seconds = time.perf_counter() - started
         peaks = group._group.last_run if group._group is not None else peaks_of(torch.device("cuda"))
+        host = host_gib([os.getpid()] if group._group is None else list(group._group.pids.values()))
     print(
         json.dumps({
             "device": device_name(), "gb": options.gb, "world": options.world, "finite": bool(out.isfinite().all()),
             "run_s": seconds, "tensors_gb": peaks["peak_bytes"] / 1e9,
-            "peak_gb": (peaks["reserved_bytes"] + CONTEXT) / 1e9, "estimated_work_gb": estimate / 1e9,
+            "peak_gb": (peaks["reserved_bytes"] + CONTEXT) / 1e9, "estimated_work_gb": estimate / 1e9, **host,
             "random": "weights and conditioning", "sizes": vars(options),
         })
     )  # fmt: skip

@@ -15,10 +15,11 @@ from ..estimate import Load, room_bytes
 from ..models import find_stack
 from ..parallel.mesh import Mesh
 from ..parallel.protocol import OPTIONS
-from ..parallel.recipe import import_patches, load
+from ..parallel.recipe import import_patches
 from ..plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan
 from ..vae.estimate import room
 from .decoder import Decoder
+from .weights import load_from_file
 
 # Kinds of messages, and methods of Worker.
 KINDS = ("load", "begin", "call", "end", "take_vae", "decode_strip", "decode_tile", "room", "make_room")
@@ -50,7 +51,7 @@ class Worker:
         memory.unload_all_models()
         gc.collect()
         memory.soft_empty_cache()
-        self.base = self.patched = load(recipe)
+        self.base = self.patched = load_from_file(recipe)
 
     def begin(self, plan: dict, patches: dict | None) -> None:
         """Begin a run. patches: those on the weights; None if they are the last run's."""

@@ -1,0 +1,111 @@
+"""A worker's weights lie in the checkpoint's file, whatever is done with the model."""
+
+import weakref
+from pathlib import Path
+
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+from checkpoints import SMALL, random_model, text, with_lora
+from skein import engine
+from skein.demo.sampling import sample
+from skein.parallel import group, release
+from skein.parallel.recipe import recipe_of
+from skein.plan import FP8Config, ParallelConfig
+from skein.worker.weights import load_from_file
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    with torch.inference_mode():
+        return random_model(tmp_path_factory.mktemp("checkpoints"), 4)
+
+
+def file_of(model) -> str:
+    return model.cached_patcher_init[1][0]
+
+
+def mappings(pid, path):
+    """What a process has of a file in memory: kB by field of /proc/pid/smaps."""
+    total, inside = {}, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            inside = line.endswith(str(path))
+        elif inside and rest[-1] == "kB":
+            total[name[:-1]] = total.get(name[:-1], 0) + int(rest[0])
+    return total
+
+
+def outside(model, path):
+    """Names of the weights that are not in the file's memory."""
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(str(path)):
+            ranges.append([int(each, 16) for each in line.split()[0].split("-")])
+    return [
+        name
+        for name, weight in model.model.diffusion_model.named_parameters()
+        if not any(start <= weight.data_ptr() < end for start, end in ranges)
+    ]
+
+
+def same(first, second):
+    pairs = zip(first.model.state_dict().items(), second.model.state_dict().items(), strict=True)
+    return all(name == other and torch.equal(a, b) for (name, a), (other, b) in pairs)
+
+
+def test_the_weights_are_the_loaders_and_lie_in_the_file(model):
+    loaded = load_from_file(recipe_of(model))
+    assert same(loaded, model)
+    assert outside(model, file_of(model)) and not outside(loaded, file_of(model))
+
+
+def test_converted_weights_are_the_loaders(model):
+    converted = comfy.sd.load_diffusion_model(file_of(model), model_options={"dtype": torch.bfloat16})
+    loaded = load_from_file(recipe_of(converted))
+    assert same(loaded, converted) and loaded.model.get_dtype() == torch.bfloat16
+    assert len(outside(loaded, file_of(model))) == len(list(loaded.model.diffusion_model.parameters()))
+
+
+def test_what_is_written_to_a_weight_stays_out_of_the_file(model):
+    before = Path(file_of(model)).read_bytes()
+    loaded = load_from_file(recipe_of(model))
+    next(loaded.model.diffusion_model.parameters()).add_(1)
+    assert not same(loaded, model) and Path(file_of(model)).read_bytes() == before
+    assert same(load_from_file(recipe_of(model)), model)
+
+
+def test_copies_made_when_the_model_leaves_the_device_are_dropped(model):
+    loaded = load_from_file(recipe_of(model))
+    patched = with_lora(loaded)
+    patched.patch_model(torch.device("cpu"))
+    assert not same(patched, model)
+    for parameter in patched.model.parameters():
+        parameter.data = parameter.data.clone()  # as moving it to a GPU and back does
+    patched.detach()
+    assert same(loaded, model) and not outside(loaded, file_of(model))
+
+
+@pytest.mark.parametrize("fp8", [None, FP8Config()])
+def test_two_workers_share_the_files_memory(model, fp8):
+    """A worker with a copy of the weights would have each of them in memory of its own."""
+    sample(engine.edit(model, fp8=fp8, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
+    path = file_of(model)
+    for pid in group._group.pids.values():
+        memory = mappings(pid, path)
+        assert memory["Rss"] * 1024 > 0.9 * Path(path).stat().st_size  # they have been read there
+        assert memory["Anonymous"] == 0
+    release()
+
+
+def test_a_file_that_is_not_mapped_is_not_kept_in_memory(model, monkeypatch):
+    """Its weights leave the host's memory when ComfyUI moves the model."""
+    monkeypatch.setattr(comfy.utils, "DISABLE_MMAP", True)
+    loaded = load_from_file(recipe_of(model))
+    assert same(loaded, model) and len(outside(loaded, file_of(model)))
+    weight = next(loaded.model.diffusion_model.parameters())
+    memory = weakref.ref(weight.untyped_storage())
+    weight.data = weight.data.clone()
+    assert memory() is None

@@ -1,0 +1,85 @@
+"""A worker's weights stay in the checkpoint's file: the host's memory has them once, as pages of that file that all
+workers share and that it can take back, however many workers there are and wherever the model is.
+
+ComfyUI's loaders read a safetensors file by mapping it into memory, convert what is not of the model's type, and copy
+each weight into its Parameter. Here the Parameter takes what it would copy. A weight that is written to afterwards gets
+pages of its own from the operating system. Files that are read otherwise (--disable-mmap) are in each worker's memory.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management as memory
+import torch
+from comfy.patcher_extension import CallbacksMP
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..parallel.recipe import load
+from ..vae.attributes import changed
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+KEY = "skein_weights"
+MAPS = Path("/proc/self/maps")
+
+
+def load_from_file(recipe: dict[str, Any]) -> "ModelPatcher":
+    """The model of a recipe (parallel/recipe.py) on the CPU, its weights in the file's memory.
+
+    When ComfyUI takes it off the device, the weights go back there.
+    """
+    # ComfyUI would load onto the device where more memory is free there: it would stay there, also under an FP8 twin.
+    with changed([(memory, "DISABLE_SMART_MEMORY", True)]), _Taking():
+        patcher = load(recipe)
+    files = _memory_of_files()
+    weights = {
+        name: parameter.data
+        for name, parameter in patcher.model.named_parameters()
+        if parameter.device.type == "cpu" and any(parameter.data_ptr() in each for each in files)
+    }
+    patcher.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, partial(_back, patcher.model, weights))
+    return patcher
+
+
+class _Taking(TorchFunctionMode):
+    """Within: a Parameter that a tensor of its type is copied into takes that tensor's memory, both on the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.copy_ and not kwargs and len(args) == 2 and _alike(*args):
+            parameter, tensor = args
+            parameter.data = tensor
+            return parameter
+        return function(*args, **(kwargs or {}))
+
+
+def _alike(parameter: Tensor, tensor: Any) -> bool:
+    """Whether a parameter may lie where a tensor does."""
+    return (
+        type(parameter) is nn.Parameter
+        and type(tensor) in (Tensor, nn.Parameter)
+        and parameter.device.type == tensor.device.type == "cpu"
+        and (parameter.dtype, parameter.shape) == (tensor.dtype, tensor.shape)
+        and tensor.is_contiguous()
+    )
+
+
+def _memory_of_files() -> list[range]:
+    """The addresses at which this process has files in its memory; none where the system does not tell."""
+    found = []
+    for line in MAPS.read_text().splitlines() if MAPS.exists() else []:
+        addresses, _access, _offset, _device, inode, *_path = line.split(maxsplit=5)
+        if inode != "0":
+            found.append(range(*(int(each, 16) for each in addresses.split("-"))))
+    return found
+
+
+def _back(model: nn.Module, weights: dict[str, Tensor], patcher: "ModelPatcher", unpatch_all: bool) -> None:
+    """After ComfyUI has copied the model from the device: the same weights from the file, and the copies are free."""
+    if not unpatch_all or patcher.model is not model:
+        return
+    for name, parameter in model.named_parameters():
+        if name in weights and parameter.device.type == "cpu":
+            parameter.data = weights[name]
