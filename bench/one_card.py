@@ -31,6 +31,7 @@ import comfy.sd  # noqa: E402
 import comfyui_version  # noqa: E402
 import torch  # noqa: E402
 from skein import engine  # noqa: E402
+from skein.attributes import changed  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.bench.vae import random_vae  # noqa: E402
@@ -39,7 +40,6 @@ from skein.parallel import release, remote  # noqa: E402
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, DecodeConfig, FP8Config, ParallelConfig  # noqa: E402
 from skein.report import recent_runs  # noqa: E402
 from skein.vae import decode  # noqa: E402
-from skein.vae.attributes import changed  # noqa: E402
 
 OTHER_CARD = Path(__file__).resolve().parent / "other_card"
 EXACT = dict(attention=AttentionConfig())

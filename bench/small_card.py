@@ -29,6 +29,7 @@ load_pack()
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from skein import engine  # noqa: E402
+from skein.attributes import changed  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
 from skein.bench.one_card import workers_on_one_card  # noqa: E402
 from skein.bench.other_card.sitecustomize import CONTEXT, limited  # noqa: E402
@@ -39,7 +40,6 @@ from skein.devices import peaks_of  # noqa: E402
 from skein.estimate import Load, work_bytes  # noqa: E402
 from skein.parallel import group  # noqa: E402
 from skein.plan import AttentionConfig, CompileConfig, FP8Config, ParallelConfig, Plan  # noqa: E402
-from skein.vae.attributes import changed  # noqa: E402
 
 TEXT = 60
 

@@ -11,11 +11,11 @@ import torch
 from comfy.utils import ProgressBar
 from torch import Tensor
 
+from ..attributes import changed
 from ..parallel.group import running_group, visible_devices
 from ..plan import DecodeConfig
 from ..report import show
 from . import remote
-from .attributes import changed
 from .estimate import room, whole_bytes
 from .families import Family, family_of
 from .strip import Strip

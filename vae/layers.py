@@ -20,7 +20,7 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from .attributes import changed
+from ..attributes import changed
 from .strip import Strip
 
 FAST_HEAD = 256  # channels of a head, at most, for the attention kernels that are faster than plain products

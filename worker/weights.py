@@ -16,8 +16,8 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..attributes import changed
 from ..parallel.recipe import load
-from ..vae.attributes import changed
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
