@@ -73,6 +73,7 @@ def test_what_is_written_to_a_weight_stays_out_of_the_file(model):
     before = Path(file_of(model)).read_bytes()
     loaded = load_from_file(recipe_of(model))
     next(loaded.model.diffusion_model.parameters()).add_(1)
+    assert not outside(loaded, file_of(model))  # in the file's memory, but in a page of its own
     assert not same(loaded, model) and Path(file_of(model)).read_bytes() == before
     assert same(load_from_file(recipe_of(model)), model)
 
