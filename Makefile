@@ -2,7 +2,7 @@
 #             (DEVICES=cpu,cpu: also in worker processes)
 # make test   set up everything and run the tests (COMFYUI=0.16.3 for another ComfyUI)
 # make screenshots   renew the panel's pictures in docs/ and in the help pages
-# make faults   ten rounds of killed, failing and interrupted workers
+# make faults   ten rounds of killed, failing and interrupted workers and killed servers
 # make lint   ruff and mypy
 PYTHON ?= python3
 COMFYUI ?= 0.30.0
@@ -21,7 +21,7 @@ lint:
 	@$(DEV) -m ruff format --check .
 	@$(DEV) -m mypy
 faults:
-	@SKEIN_ROUNDS=10 $(DEV) -m pytest tests/parallel/test_faults.py
+	@SKEIN_ROUNDS=10 $(DEV) -m pytest -m rounds tests/parallel
 curve:
 	@$(DEV) -m bench.cache_curve
 screenshots:

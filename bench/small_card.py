@@ -4,9 +4,10 @@
 
 All workers run on the first GPU (bench/one_card.py); --world 0: no workers, ComfyUI's own process. Each is told that
 the card has so many GB, and its allocator fails beyond that. All 60 blocks, random weights; FP8, attention and compiled
-blocks. Prints the fullest worker's peak, of its tensors and with what its allocator kept and a CUDA context, the
-estimate, and what all have of the host's memory; ends with one JSON line. Times of several workers are of workers that
-take turns on one GPU.
+blocks. The result is decoded there too, by a VAE of true size with random weights, and then sampled again. Prints the
+fullest worker's peaks, of its tensors and with what its allocator kept and a CUDA context, the estimate, and what
+all have of the host's memory; ends with one JSON line. Times of several workers are of workers that take turns on one
+GPU.
 """
 
 import argparse
@@ -16,9 +17,9 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -35,13 +36,28 @@ from skein.bench.one_card import workers_on_one_card  # noqa: E402
 from skein.bench.other_card.sitecustomize import CONTEXT, limited  # noqa: E402
 from skein.bench.scaling import host_gib  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
+from skein.bench.vae import random_vae  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
 from skein.devices import peaks_of  # noqa: E402
 from skein.estimate import Load, work_bytes  # noqa: E402
 from skein.parallel import group  # noqa: E402
-from skein.plan import AttentionConfig, CompileConfig, FP8Config, ParallelConfig, Plan  # noqa: E402
+from skein.parallel.remote import CALL_SECONDS  # noqa: E402
+from skein.plan import AttentionConfig, CompileConfig, DecodeConfig, FP8Config, ParallelConfig, Plan  # noqa: E402
+from skein.vae.decode import decode  # noqa: E402
 
 TEXT = 60
+
+
+def timed(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+    started = time.perf_counter()
+    return run(), time.perf_counter() - started
+
+
+def peak_of_all() -> int:
+    """The largest peak of tensors in bytes since the last question, of this process's device or among the workers."""
+    if group._group is None:
+        return peaks_of(torch.device("cuda"))["peak_bytes"]
+    return max(told["peak_bytes"] for told in group._group.ask_all("room", {}, CALL_SECONDS).values())
 
 
 def main() -> None:
@@ -66,23 +82,31 @@ def main() -> None:
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder, ExitStack() as card:
         model = comfy.sd.load_diffusion_model(models.random_checkpoint(folder, options.double, options.single))
         if options.world:
-            properties = SimpleNamespace(total_memory=size)
-            card.enter_context(changed([(torch.cuda, "get_device_properties", lambda _: properties)]))
             card.enter_context(workers_on_one_card(options.world, **limit))
         else:
             torch.cuda.set_per_process_memory_fraction((size - CONTEXT) / whole)
             card.enter_context(changed([(torch.cuda, "mem_get_info", lambda device=None: limited(size, device))]))
-        started = time.perf_counter()
         planned, text = engine.edit(model, **vars(plan)), models.conditioning(TEXT)
-        out = sample(planned, text, latent=latent, steps=options.steps)
-        seconds = time.perf_counter() - started
+
+        def sampled() -> torch.Tensor:
+            return sample(planned, text, latent=latent, steps=options.steps)
+
+        out, seconds = timed(sampled)
         peaks = group._group.last_run if group._group is not None else peaks_of(torch.device("cuda"))
         host = host_gib([os.getpid()] if group._group is None else list(group._group.pids.values()))
+        row = {
+            "finite": bool(out.isfinite().all()), "run_s": seconds, "tensors_gb": peaks["peak_bytes"] / 1e9,
+            "peak_gb": (peaks["reserved_bytes"] + CONTEXT) / 1e9, "estimated_work_gb": estimate / 1e9, **host,
+        }  # fmt: skip
+        if options.world != 1:  # one worker's video is decoded by this process, which may have the whole GPU
+            vae = random_vae("HunyuanVideo")
+            _, row["decode_s"] = timed(lambda: decode(vae, out, DecodeConfig()))
+            row["decode_tensors_gb"] = peak_of_all() / 1e9
+        again, row["run_again_s"] = timed(sampled)
+        row["error_of_run_again"] = float((again - out).norm() / out.norm())
     print(
         json.dumps({
-            "device": device_name(), "gb": options.gb, "world": options.world, "finite": bool(out.isfinite().all()),
-            "run_s": seconds, "tensors_gb": peaks["peak_bytes"] / 1e9,
-            "peak_gb": (peaks["reserved_bytes"] + CONTEXT) / 1e9, "estimated_work_gb": estimate / 1e9, **host,
+            "device": device_name(), "gb": options.gb, "world": options.world, **row,
             "random": "weights and conditioning", "sizes": vars(options),
         })
     )  # fmt: skip

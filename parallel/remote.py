@@ -37,7 +37,6 @@ from .recipe import export_patches, recipe_of
 logger = logging.getLogger("skein")
 
 LOAD_SECONDS, BEGIN_SECONDS, CALL_SECONDS = 3600.0, 3600.0, 3600.0  # begin quantizes, a call may compile
-HOLDS = 0.6  # the share of a GPU's memory up to which a model is loaded straight into it
 OVERRIDE = "optimized_attention_override"
 COMPILE_KEY = "torch.compile"  # wrapper key of ComfyUI's own compilation
 LOCAL_OPTIONS = ("wrappers", "callbacks", "patches", "patches_replace", OVERRIDE, "context_window")
@@ -253,21 +252,15 @@ def _setting(plan: Plan, source: ModelPatcher) -> Setting:
     nodes, endpoint = machines()
     chosen = plan.parallel
     degrees = chosen.degrees(len(devices), heads) if nodes == 1 else (chosen.ulysses_degree, chosen.ring_degree)
-    return worker_setting(devices, degrees, memory.module_size(source.model), nodes, endpoint)
+    return worker_setting(devices, degrees, nodes, endpoint)
 
 
-def worker_setting(
-    devices: tuple[str, ...], degrees: tuple[int, int], size: float, nodes: int = 1, endpoint: str = ""
-) -> Setting:
-    """Workers that load a model of so many bytes, with the options of ComfyUI's own process."""
+def worker_setting(devices: tuple[str, ...], degrees: tuple[int, int], nodes: int = 1, endpoint: str = "") -> Setting:
+    """Workers with the options of ComfyUI's own process."""
     options = {name: value for name, value in vars(comfy.cli_args.args).items() if _is_json(value)}
     options["fast"] = sorted(feature.value for feature in getattr(comfy.cli_args.args, "fast", None) or ())
     if "cpu" in devices:
         options["cpu"] = True
-    else:
-        smallest = min(torch.cuda.get_device_properties(int(device)).total_memory for device in devices)
-        room = smallest - (options["reserve_vram"] or 0) * 2**30
-        options["highvram"] = options["highvram"] or size < HOLDS * room
     folder = str(Path(next(iter(comfy.__path__))).parent)
     return Setting(folder, devices, degrees, json.dumps(options, sort_keys=True), nodes, endpoint)
 

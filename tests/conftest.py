@@ -1,6 +1,7 @@
 """Fixtures: the pack as a package, ComfyUI's library in this process, a real server, small models."""
 
 import json
+import os
 
 import pytest
 from pack import load_pack
@@ -13,6 +14,13 @@ from skein.demo.run import WORKFLOW, node_id  # noqa: E402
 from skein.demo.sampling import load_demo_model  # noqa: E402
 from skein.demo.server import ComfyServer, comfyui_path  # noqa: E402
 from small_models import random_hunyuan_video  # noqa: E402
+
+
+def pytest_generate_tests(metafunc):
+    """A test that takes a `_round` is done so often as SKEIN_ROUNDS says: once, and ten times by `make faults`."""
+    if "_round" in metafunc.fixturenames:
+        rounds = range(int(os.environ.get("SKEIN_ROUNDS", "1")))
+        metafunc.parametrize("_round", [pytest.param(i, marks=pytest.mark.rounds) for i in rounds])
 
 
 @pytest.fixture(autouse=True)

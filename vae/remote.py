@@ -30,7 +30,7 @@ def workers(devices: tuple[str, ...], vae: Any) -> Group:
         raise ValueError("A patched VAE cannot go to the workers; name one device in VAE Decode's devices.")
     group = running_group(devices)
     if group is None:
-        setting = worker_setting(devices, (0, 0), vae.model_size())
+        setting = worker_setting(devices, (0, 0))
         group = group_for(setting, memory.throw_exception_if_processing_interrupted)
     if group.vae is None or group.vae() is not vae.first_stage_model:
         group.vae = None

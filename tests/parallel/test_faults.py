@@ -1,7 +1,6 @@
 """Workers that are killed, fail or are interrupted: one clear message, and the next run is right.
 
-SKEIN_ROUNDS repeats each fault (the default is once; `make faults` takes ten). On the CPU, or on the two GPUs that
-SKEIN_DEVICES names ("0,1").
+On the CPU, or on the two GPUs that SKEIN_DEVICES names ("0,1"). `make faults` takes ten rounds (tests/conftest.py).
 """
 
 import os
@@ -22,7 +21,6 @@ from skein.demo.sampling import sample
 from skein.parallel import GroupError, group, release
 from skein.plan import ParallelConfig
 
-ROUNDS = range(int(os.environ.get("SKEIN_ROUNDS", "1")))
 DEVICES = os.environ.get("SKEIN_DEVICES", "cpu,cpu")
 ON_CPU = DEVICES == "cpu,cpu"
 TWO = ParallelConfig(DEVICES)
@@ -75,7 +73,6 @@ def later(seconds, action):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("_round", ROUNDS)
 def test_a_rank_killed_in_the_middle_of_a_step(model, expected, rank, _round):
     run(model)
     pids, killed = dict(group._group.pids), []
@@ -92,7 +89,6 @@ def test_a_rank_killed_in_the_middle_of_a_step(model, expected, rank, _round):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("_round", ROUNDS)
 def test_a_rank_killed_while_idle_costs_nothing_but_a_restart(model, expected, rank, _round, caplog):
     run(model)
     pids = dict(group._group.pids)
@@ -103,7 +99,6 @@ def test_a_rank_killed_while_idle_costs_nothing_but_a_restart(model, expected, r
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("_round", ROUNDS)
 def test_a_rank_killed_while_starting_or_loading(model, expected, rank, _round):
     killed = []
 
@@ -131,7 +126,6 @@ def ranks_started(rank):
                 yield process.pid
 
 
-@pytest.mark.parametrize("_round", ROUNDS)
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
@@ -151,7 +145,6 @@ def test_one_rank_alone_fails(model, expected, kind, error, message, _round, mon
     assert relative_error(run(model), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("_round", ROUNDS)
 def test_an_interrupt_returns_at_once_and_the_workers_stay(model, expected, _round):
     run(model)
     pids, pressed = dict(group._group.pids), []

@@ -89,14 +89,13 @@ def test_unloading_the_models_ends_the_workers(server, prompt):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
-def test_two_servers_and_one_of_them_killed(server, prompt, how):
+def test_two_servers_and_one_of_them_killed(server, prompt, how, _round):
     """Each has workers of its own; those of the killed one end, the other goes on."""
+    seed = 1000 + 100 * _round + how
     with ComfyServer(comfyui_path()) as other:
         videos = {}
         threads = [
-            threading.Thread(
-                target=lambda s=s: videos.update({s: frames(s, in_workers(seeded(prompt, 74 + how), CPUS))})
-            )
+            threading.Thread(target=lambda s=s: videos.update({s: frames(s, in_workers(seeded(prompt, seed), CPUS))}))
             for s in (server, other)
         ]
         for thread in threads:
@@ -109,10 +108,10 @@ def test_two_servers_and_one_of_them_killed(server, prompt, how):
         other.process.send_signal(how)
         assert gone(theirs)
     assert workers_of(server) == ours
-    frames(server, in_workers(seeded(prompt, 84 + how), CPUS))
+    frames(server, in_workers(seeded(prompt, seed + 50), CPUS))
 
 
-def test_a_full_shared_memory_folder_does_no_harm(tmp_path):
+def test_a_full_shared_memory_folder_does_no_harm(_round):
     """In a mount namespace of its own, where /dev/shm has 64 KiB."""
     if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("this machine does not let a process have mounts of its own")
