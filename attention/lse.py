@@ -12,10 +12,13 @@ from .kernels.kernel import HALF_TYPES
 CHUNK = 1 << 26  # scores computed at a time where no kernel does it
 
 
-def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of (B, H, S, D) queries over (B, H, K, D) keys and values: (B, S, H, D), and (B, H, S) in float32."""
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, spare: int = 0) -> tuple[Tensor, Tensor]:
+    """Attention of (B, H, S, D) queries over (B, H, K, D) keys and values: (B, S, H, D), and (B, H, S) in float32.
+
+    spare: multiprocessors that a kernel which would take all to its end leaves to others.
+    """
     if flash3.FLASH3.obstacle(Problem.of(q)) is None:
-        return flash3.run_with_lse(q, k, v)
+        return flash3.run_with_lse(q, k, v, spare)
     if q.device.type == "cuda" and q.dtype in HALF_TYPES and q.shape[3] <= 256:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
         return out.transpose(1, 2), lse

@@ -14,7 +14,9 @@ shared outputs are compared with the whole's. Ends with one JSON line.
 import argparse
 import json
 import os
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -56,6 +58,17 @@ class Timing:
         half = max(int(self.seconds / 2 / float(once)), 2)
         dist.barrier(group=self.mail)
         return self._by_rank(1000 * median_seconds(run, self.device, half, half))
+
+    def from_one_start(self, run: Callable[[], object]) -> dict[str, list[float]]:
+        """The same of runs that all begin together, as a layer's do: their median, and the slowest."""
+        times, until = [], time.perf_counter() + self.seconds
+        going = torch.tensor(True)
+        while going:
+            dist.all_reduce(torch.zeros(1, device=self.device))
+            times.append(1000 * median_seconds(run, self.device, 1, 0))
+            going = torch.tensor(time.perf_counter() < until)
+            dist.all_reduce(going, dist.ReduceOp.MIN, group=self.mail)
+        return {"median": self._by_rank(statistics.median(times)), "slowest": self._by_rank(max(times))}
 
     def by_turns(self, run: Callable[[], object]) -> list[float]:
         """Milliseconds of a run by rank, while the others rest."""
@@ -122,6 +135,7 @@ def measure(options: argparse.Namespace, device: str) -> dict:
         "link_to_heads_ms": timing.at_once(link([3 * n for n in out_of], [3 * n for n in into], device)),
         "link_to_tokens_ms": timing.at_once(link(into, out_of, device)),
         "ring_ms": timing.at_once(ring),
+        "ring_from_one_start_ms": timing.from_one_start(ring),
         "ring_attention_ms": timing.at_once(lambda: [attention_with_lse(q, k, v) for _ in range(world)]),
         "ring_merge_ms": timing.at_once(lambda: merge(total, lse, part, lse)),
         "kernels": selection.reasons,

@@ -3,9 +3,12 @@
     python3 -m bench.links [--gb-s 20] [--step-s 18.4] [--attention 0.85] [--worlds 2 4 8]
 
 A step on N GPUs takes an N-th of one GPU's, plus the exchanges that nothing hides: Ulysses' wait for the link, a ring's
-travel while attention computes. step-s and attention (the share of attention in it) are to be measured on one GPU
-(bench.step); gb-s is what a GPU sends to its neighbours in one direction while all do so. tests/parallel/test_links.py
-holds the counts of bytes against the messages that the exchanges really send. Ends with one JSON line.
+travel while attention computes, on the multiprocessors that they leave it. step-s and attention (the share of attention
+in it) are to be measured on one GPU (bench.step); gb-s is what a GPU sends to its neighbours in one direction while all
+do so; spare is the share of a GPU that a ring's transfers take (8 of an H100's 132 multiprocessors, where
+FlashAttention-3 runs). Merging a ring's parts is left out (2 % of attention with two: bench/exchange.py).
+tests/parallel/test_links.py holds the counts of bytes against the messages that the exchanges really send. Ends with
+one JSON line.
 """
 
 import argparse
@@ -61,14 +64,20 @@ class Exchange:
         return (self.ulysses - 1) / self.ulysses
 
 
-def step_seconds(exchange: Exchange, alone: float, attention: float, layers: int, bytes_s: float) -> float:
-    """A step on ulysses x ring GPUs, from that of one (seconds) and the share of attention in it."""
+def step_seconds(
+    exchange: Exchange, alone: float, attention: float, layers: int, bytes_s: float, spare: float = 0.0
+) -> float:
+    """A step on ulysses x ring GPUs, from that of one (seconds) and the share of attention in it.
+
+    spare: the share of a GPU that attention leaves to transfers that travel meanwhile.
+    """
     world = exchange.ulysses * exchange.ring
     waited = (exchange.to_heads + exchange.to_tokens) * layers + exchange.at_the_end
     # The last of the ring's parts is computed when nothing travels any more.
-    hiding = alone * attention / world * (exchange.ring - 1) / exchange.ring
+    beside = alone * attention / world * (exchange.ring - 1) / exchange.ring
+    hiding = beside / (1 - spare)
     waited += max(exchange.around * layers - hiding * bytes_s, 0)
-    return alone / world + waited / bytes_s
+    return alone / world + hiding - beside + waited / bytes_s
 
 
 def rows(options: argparse.Namespace) -> list[dict]:
@@ -79,7 +88,7 @@ def rows(options: argparse.Namespace) -> list[dict]:
         for ring in [n for n in range(1, world + 1) if world % n == 0]:
             exchange = Exchange(tokens, options.text, HIDDEN, world // ring, ring)
             times[f"{world // ring} x {ring}"] = step_seconds(
-                exchange, options.step_s, options.attention, LAYERS, options.gb_s * 1e9
+                exchange, options.step_s, options.attention, LAYERS, options.gb_s * 1e9, options.spare
             )
         best = min(times, key=lambda name: times[name])
         found.append(
@@ -99,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in dict(width=1280, height=720, frames=129, text=256).items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name, number in dict(gb_s=20.0, step_s=18.4, attention=0.85).items():
+    for name, number in dict(gb_s=20.0, step_s=18.4, attention=0.85, spare=8 / 132).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=number)
     parser.add_argument("--worlds", type=int, nargs="*", default=[2, 4, 8])
     options = parser.parse_args()

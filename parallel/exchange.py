@@ -19,6 +19,9 @@ from torch import Tensor
 NCCL = {"TORCH_NCCL_HIGH_PRIORITY": "1"}
 if torch.__version__ < "2.7":  # a version, so 2.10 is later; from then on the default, and warned of where it is set
     NCCL["TORCH_NCCL_AVOID_RECORD_STREAMS"] = "1"  # of collectives
+# Multiprocessors that transfers take where a kernel runs beside them, and that it leaves to them. A kernel that has all
+# to its end keeps a transfer from beginning, on whose other end a rank then waits, holding some of its own.
+BLOCKS = 8
 
 
 def join(device: torch.device, timeout: timedelta) -> None:
@@ -26,6 +29,16 @@ def join(device: torch.device, timeout: timedelta) -> None:
     for name, value in NCCL.items():
         os.environ.setdefault(name, value)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+
+
+def new_group(ranks: list[int], timeout: timedelta, beside_kernels: bool) -> Any:
+    """A process group; made by all ranks. beside_kernels: its transfers take no more than BLOCKS multiprocessors."""
+    options: Any = None
+    if beside_kernels and dist.get_backend() == "nccl":
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.max_ctas = BLOCKS
+        options._timeout = timeout
+    return dist.new_group(ranks, timeout=timeout, pg_options=options)
 
 
 def begin_exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: Any = None) -> list[dist.Work]:

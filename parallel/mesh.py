@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..stopwatch import Stopwatch
+from .exchange import new_group
 
 logger = logging.getLogger("skein")
 
@@ -43,7 +44,7 @@ class Arrangement:
         neighbours = [list(range(first, first + ulysses)) for first in range(0, world, ulysses)]
         rings = [list(range(first, world, ulysses)) for first in range(ulysses)]
         self.ulysses_group = _group_of(rank, neighbours, timeout)
-        self.ring_group = _group_of(rank, rings, timeout)
+        self.ring_group = _group_of(rank, rings, timeout, beside_kernels=True)
 
     def __str__(self) -> str:
         return f"Ulysses {self.ulysses_size} x ring {self.ring_size}"
@@ -54,13 +55,14 @@ class Arrangement:
         return [sum(tokens[i * size : (i + 1) * size]) for i in range(self.ring_size)]
 
 
-def _group_of(rank: int, groups: list[list[int]], timeout: timedelta) -> Any:
+def _group_of(rank: int, groups: list[list[int]], timeout: timedelta, beside_kernels: bool = False) -> Any:
     """This rank's process group among groups that cover all ranks; None where it would be alone."""
     if len(groups[0]) == 1:
         return None
-    if len(groups) == 1:
+    if len(groups) == 1 and not beside_kernels:
         return dist.group.WORLD
-    made = [dist.new_group(members, timeout=timeout) for members in groups]  # by all ranks, members or not
+    # By all ranks, members or not.
+    made = [new_group(members, timeout, beside_kernels) for members in groups]
     return next(group for group, members in zip(made, groups) if rank in members)
 
 

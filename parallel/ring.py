@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention import attention_with_lse
-from .exchange import begin_exchange, finish
+from .exchange import BLOCKS, begin_exchange, finish
 from .mesh import Arrangement, Mesh
 
 
@@ -25,28 +25,28 @@ def ring_attention(
     """
     rank, size, sizes = arrangement.ring_rank, arrangement.ring_size, arrangement.group_tokens(tokens)
     keys, values = k, v
-    out = k.new_zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3], dtype=torch.float32)
-    lse = out.new_full(q.shape[:3], float("-inf"))
     current = torch.stack((k[:, :, text:], v[:, :, text:]))
+    out = lse = None
     for step in range(1, size):
         coming = q.new_empty(2, q.shape[0], q.shape[1], sizes[(rank - step) % size], q.shape[3])
         transfers = _pass_on(current, coming, arrangement)
-        lse = merge(out, lse, *attention_with_lse(q, keys, values))
+        out, lse = merge(out, lse, *attention_with_lse(q, keys, values, spare=BLOCKS))
         with mesh.exchanging():
             finish(transfers)
-        current = coming
-        keys, values = current
-    merge(out, lse, *attention_with_lse(q, keys, values))
+        keys, values = current = coming
+    out, _ = merge(out, lse, *attention_with_lse(q, keys, values))
     return out.to(q.dtype)
 
 
-def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
+def merge(out: Tensor | None, lse: Tensor | None, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two sets of keys from attention over each: outputs (B, S, h, D), log-sum-exp (B, h, S).
 
-    `out`, in float32, becomes the whole's; returns its log-sum-exp.
+    `out`, in float32, becomes the whole's. None: there is but the other set.
     """
+    if out is None or lse is None:
+        return other.float(), other_lse
     out.lerp_(other.float(), torch.sigmoid(other_lse - lse).transpose(1, 2).unsqueeze(3))
-    return torch.logaddexp(lse, other_lse)
+    return out, torch.logaddexp(lse, other_lse)
 
 
 def _pass_on(send: Tensor, receive: Tensor, arrangement: Arrangement) -> list[dist.Work]:

@@ -46,9 +46,13 @@ def _run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return first(_function()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)))
 
 
-def run_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The output as run gives it, and the log-sum-exp of the scores, (B, H, S) in float32."""
-    out = _function()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), return_attn_probs=True)
+def run_with_lse(q: Tensor, k: Tensor, v: Tensor, spare: int) -> tuple[Tensor, Tensor]:
+    """The output as run gives it, and the log-sum-exp of the scores, (B, H, S) in float32.
+
+    spare: multiprocessors that it leaves to others.
+    """
+    inputs = (each.transpose(1, 2) for each in (q, k, v))
+    out = _function()(*inputs, sm_margin=spare, return_attn_probs=True)
     return out[0], out[1]
 
 

@@ -63,3 +63,9 @@ def test_a_fast_link_scales_and_a_slow_one_does_not():
     exchange = Exchange(118_800, 256, 3072, 4, 1)
     fast, slow = (step_seconds(exchange, 18.4, 0.85, 60, speed) for speed in (1e15, 1e9))
     assert fast == pytest.approx(18.4 / 4, rel=1e-3) and slow > 18.4
+
+
+def test_what_a_ring_leaves_to_its_transfers_slows_all_of_its_parts_but_the_last():
+    exchange = Exchange(118_800, 256, 3072, 1, 4)
+    free, spared = (step_seconds(exchange, 16.0, 0.5, 60, 1e15, spare) for spare in (0.0, 0.2))
+    assert spared - free == pytest.approx(16.0 / 4 * 0.5 * 3 / 4 * (1 / 0.8 - 1), rel=1e-3)
