@@ -15,6 +15,7 @@ LOADING_STATE = (  # what ComfyUI's ModelPatchers write on modules and models
     "current_weight_patches_uuid", "dynamic_vbars", "dynamic_pins", "dynamic_patchers",
 )  # fmt: skip
 OURS = "_skein"  # prefix of what Skein keeps on a model
+MOVING = "_apply"  # on modules whose tensors come from elsewhere when they are moved; it knows its own module's only
 
 
 def share(module: nn.Module, seen: dict[int, object] | None = None) -> nn.Module:
@@ -25,7 +26,7 @@ def share(module: nn.Module, seen: dict[int, object] | None = None) -> nn.Module
     copy = object.__new__(type(module))
     seen[id(module)] = copy
     for name, value in vars(module).items():
-        if name not in LOADING_STATE and not name.startswith(OURS):
+        if name not in (*LOADING_STATE, MOVING) and not name.startswith(OURS):
             vars(copy)[name] = value.copy() if isinstance(value, (dict, list, set)) else value
     for name, parameter in module._parameters.items():
         copy._parameters[name] = _same_storage(parameter, seen)

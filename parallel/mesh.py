@@ -22,6 +22,7 @@ from .exchange import new_group
 logger = logging.getLogger("skein")
 
 MARGIN = 1.1  # another arrangement is taken if it is faster by so much: results then differ in rounding only by reason
+TRIAL_SECONDS = 0.2  # for each arrangement, or one run: short ones are disturbed by whatever else goes on
 
 
 def split(count: int, parts: int) -> list[int]:
@@ -139,14 +140,17 @@ class Mesh:
         return self._fastest[problem]
 
     def _seconds(self, run: Callable[[Arrangement], Tensor], arrangement: Arrangement) -> float:
-        """Time of a run on the slowest rank, after a first one that may connect, choose and compile."""
+        """The shortest of some runs on the slowest rank, after a first one that may connect, choose and compile."""
         run(arrangement)
-        self._least(0.0)  # all begin together
-        started = time.perf_counter()
-        run(arrangement)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return -self._least(started - time.perf_counter())
+        times: list[float] = []
+        while sum(times) < TRIAL_SECONDS:  # the same on all ranks
+            self._least(0.0)  # all begin together
+            started = time.perf_counter()
+            run(arrangement)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            times.append(-self._least(started - time.perf_counter()))
+        return min(times)
 
     def _least(self, value: float) -> float:
         """The smallest of all ranks' values."""

@@ -6,13 +6,13 @@ each weight into its Parameter. Here the Parameter takes what it would copy. A w
 pages of its own from the operating system. Files that are read otherwise (--disable-mmap) are in each worker's memory.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management as memory
 import torch
-from comfy.patcher_extension import CallbacksMP
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -22,25 +22,26 @@ from ..parallel.recipe import load
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-KEY = "skein_weights"
 MAPS = Path("/proc/self/maps")
 
 
 def load_from_file(recipe: dict[str, Any]) -> "ModelPatcher":
     """The model of a recipe (parallel/recipe.py) on the CPU, its weights in the file's memory.
 
-    When ComfyUI takes it off the device, the weights go back there.
+    They go back there, uncopied, when ComfyUI takes the model or a part of it off the device.
     """
     # ComfyUI would load onto the device where more memory is free there: it would stay there, also under an FP8 twin.
     with changed([(memory, "DISABLE_SMART_MEMORY", True)]), _Taking():
         patcher = load(recipe)
     files = _memory_of_files()
-    weights = {
-        name: parameter.data
-        for name, parameter in patcher.model.named_parameters()
-        if parameter.device.type == "cpu" and any(parameter.data_ptr() in each for each in files)
-    }
-    patcher.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, partial(_back, patcher.model, weights))
+    for module in patcher.model.modules():
+        weights = {
+            parameter: parameter.data
+            for parameter in module.parameters(recurse=False)
+            if parameter.device.type == "cpu" and any(parameter.data_ptr() in each for each in files)
+        }
+        if weights:
+            vars(module)["_apply"] = partial(_apply, module, weights)
     return patcher
 
 
@@ -76,10 +77,18 @@ def _memory_of_files() -> list[range]:
     return found
 
 
-def _back(model: nn.Module, weights: dict[str, Tensor], patcher: "ModelPatcher", unpatch_all: bool) -> None:
-    """After ComfyUI has copied the model from the device: the same weights from the file, and the copies are free."""
-    if not unpatch_all or patcher.model is not model:
-        return
-    for name, parameter in model.named_parameters():
-        if name in weights and parameter.device.type == "cpu":
-            parameter.data = weights[name]
+def _apply(
+    module: nn.Module, weights: dict[Tensor, Tensor], function: Callable[[Tensor], Tensor], recurse: bool = True
+) -> nn.Module:
+    """A module's _apply, which moves its Parameters: those that come to the CPU take their memory in the file.
+
+    What is patched is another Parameter, or has been restored before it leaves the device.
+    """
+    for parameter in module.parameters(recurse=False):
+        if parameter in weights and _comes_to_cpu(parameter, function):
+            parameter.data = weights[parameter]
+    return type(module)._apply(module, function, recurse)
+
+
+def _comes_to_cpu(parameter: Tensor, function: Callable[[Tensor], Tensor]) -> bool:
+    return parameter.device.type != "cpu" and function(parameter.new_empty(0)).device.type == "cpu"

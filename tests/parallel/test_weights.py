@@ -10,9 +10,11 @@ import torch
 from checkpoints import SMALL, random_model, text, with_lora
 from skein import engine
 from skein.demo.sampling import sample
+from skein.models import share
 from skein.parallel import group, release
 from skein.parallel.recipe import recipe_of
 from skein.plan import FP8Config, ParallelConfig
+from skein.worker import weights
 from skein.worker.weights import load_from_file
 
 
@@ -78,15 +80,51 @@ def test_what_is_written_to_a_weight_stays_out_of_the_file(model):
     assert same(load_from_file(recipe_of(model)), model)
 
 
-def test_copies_made_when_the_model_leaves_the_device_are_dropped(model):
+PARTS = pytest.mark.parametrize("part", ["", "diffusion_model.double_blocks.0.img_attn.qkv"], ids=["all", "part"])
+
+
+@PARTS
+def test_weights_that_leave_the_device_are_not_copied(model, part, monkeypatch):
+    """Here, where there is no other device: one is said to be left, and another place in memory stands for it."""
+    loaded = load_from_file(recipe_of(model))
+    module = loaded.model.get_submodule(part)
+    module._apply(torch.clone)
+    assert len(outside(loaded, file_of(model))) >= len(list(module.parameters()))
+    monkeypatch.setattr(weights, "_comes_to_cpu", lambda *_: True)
+    module._apply(lambda tensor: tensor)
+    assert same(loaded, model) and not outside(loaded, file_of(model))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@PARTS
+def test_weights_that_leave_a_gpu_are_not_copied(model, part):
+    loaded = load_from_file(recipe_of(model))
+    module = loaded.model.get_submodule(part)
+    module.to("cuda").to("cuda")
+    assert all(parameter.is_cuda for parameter in module.parameters())
+    module.to("cpu")
+    assert same(loaded, model) and not outside(loaded, file_of(model))
+
+
+def test_a_second_model_over_the_same_weights_moves_its_own(model):
+    loaded = load_from_file(recipe_of(model))
+    second = share(loaded.model)
+    second.to("meta")
+    assert all(parameter.is_meta for parameter in second.parameters())
+    assert same(loaded, model) and not outside(loaded, file_of(model))
+
+
+def test_patched_weights_are_not_lost_on_the_way(model, monkeypatch):
     loaded = load_from_file(recipe_of(model))
     patched = with_lora(loaded)
     patched.patch_model(torch.device("cpu"))
+    before = {name: weight.clone() for name, weight in patched.model.named_parameters()}
+    monkeypatch.setattr(weights, "_comes_to_cpu", lambda *_: True)
+    patched.model._apply(torch.clone)
     assert not same(patched, model)
-    for parameter in patched.model.parameters():
-        parameter.data = parameter.data.clone()  # as moving it to a GPU and back does
+    assert all(torch.equal(weight, before[name]) for name, weight in patched.model.named_parameters())
     patched.detach()
-    assert same(loaded, model) and not outside(loaded, file_of(model))
+    assert same(loaded, model)
 
 
 @pytest.mark.parametrize("fp8", [None, FP8Config()])
