@@ -30,9 +30,6 @@ def unload(patcher: ModelPatcher) -> None:
     loaded = [entry for entry in memory.current_loaded_models if entry.model is not None]
     for entry in [entry for entry in loaded if patcher.is_clone(entry.model)]:
         memory.free_memory(1e30, entry.device, keep_loaded=[other for other in loaded if other is not entry])
-    # A loader may have put it there itself, of which the books know nothing. Under dynamic VRAM none does.
-    if not patcher.is_dynamic() and patcher.current_loaded_device() != patcher.offload_device:
-        patcher.detach()
 
 
 def is_loaded(model: nn.Module) -> bool:

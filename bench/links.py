@@ -6,9 +6,9 @@ A step on N GPUs takes an N-th of one GPU's, plus the exchanges that nothing hid
 travel while attention computes, on the multiprocessors that they leave it. step-s and attention (the share of attention
 in it) are to be measured on one GPU (bench.step); gb-s is what a GPU sends to its neighbours in one direction while all
 do so; spare is the share of a GPU that a ring's transfers take (8 of an H100's 132 multiprocessors, where
-FlashAttention-3 runs). Merging a ring's parts is left out (2 % of attention with two: bench/exchange.py).
-tests/parallel/test_links.py holds the counts of bytes against the messages that the exchanges really send. Ends with
-one JSON line.
+FlashAttention-3 runs). What else a ring costs beside its kernel is left out (on two H100s 4 % of attention, by
+bench/exchange.py). tests/parallel/test_links.py holds the counts of bytes against the messages that the exchanges
+really send. Ends with one JSON line.
 """
 
 import argparse

@@ -5,9 +5,8 @@
 All workers run on the first GPU (bench/one_card.py); --world 0: no workers, ComfyUI's own process. Each is told that
 the card has so many GB, and its allocator fails beyond that. All 60 blocks, random weights; FP8, attention and compiled
 blocks. The result is decoded there too, by a VAE of true size with random weights, and then sampled again. Prints the
-fullest worker's peaks, of its tensors and with what its allocator kept and a CUDA context, the estimate, and what
-all have of the host's memory; ends with one JSON line. Times of several workers are of workers that take turns on one
-GPU.
+fullest worker's peaks, of its tensors and with what its allocator kept and a CUDA context, the estimate, and what all
+have of the host's memory; ends with one JSON line. Times of several workers are of workers that take turns on one GPU.
 """
 
 import argparse

@@ -7,15 +7,15 @@ of its dynamic VRAM) stays behind; the original must be unloaded.
 
 from torch import Tensor, nn
 
-LOADING_STATE = (  # what ComfyUI's ModelPatchers write on modules and models
+LEFT = (  # what ComfyUI's ModelPatchers write on modules and models
     "comfy_cast_weights", "prev_comfy_cast_weights", "comfy_force_cast_weights", "comfy_patched_weights",
     "weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function",
     "_v", "_v_signature", "_v_weight", "_v_bias", "_prefetch", "_pin_state", "_pins", "seed_key",
     "model_loaded_weight_memory", "model_offload_buffer_memory", "model_lowvram", "lowvram_patch_counter",
     "current_weight_patches_uuid", "dynamic_vbars", "dynamic_pins", "dynamic_patchers",
+    "_apply",  # of modules whose tensors come from elsewhere when they are moved (worker/weights.py)
 )  # fmt: skip
 OURS = "_skein"  # prefix of what Skein keeps on a model
-MOVING = "_apply"  # on modules whose tensors come from elsewhere when they are moved; it knows its own module's only
 
 
 def share(module: nn.Module, seen: dict[int, object] | None = None) -> nn.Module:
@@ -26,7 +26,7 @@ def share(module: nn.Module, seen: dict[int, object] | None = None) -> nn.Module
     copy = object.__new__(type(module))
     seen[id(module)] = copy
     for name, value in vars(module).items():
-        if name not in (*LOADING_STATE, MOVING) and not name.startswith(OURS):
+        if name not in LEFT and not name.startswith(OURS):
             vars(copy)[name] = value.copy() if isinstance(value, (dict, list, set)) else value
     for name, parameter in module._parameters.items():
         copy._parameters[name] = _same_storage(parameter, seen)

@@ -62,8 +62,7 @@ def _group_of(rank: int, groups: list[list[int]], timeout: timedelta, beside_ker
         return None
     if len(groups) == 1 and not beside_kernels:
         return dist.group.WORLD
-    # By all ranks, members or not.
-    made = [new_group(members, timeout, beside_kernels) for members in groups]
+    made = [new_group(members, timeout, beside_kernels) for members in groups]  # by all ranks, members or not
     return next(group for group, members in zip(made, groups) if rank in members)
 
 

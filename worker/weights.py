@@ -30,7 +30,8 @@ def load_from_file(recipe: dict[str, Any]) -> "ModelPatcher":
 
     They go back there, uncopied, when ComfyUI takes the model or a part of it off the device.
     """
-    # ComfyUI would load onto the device where more memory is free there: it would stay there, also under an FP8 twin.
+    # Or ComfyUI loads a checkpoint straight onto the device where more memory is free there: what it takes off again
+    # would then be in this process's own memory.
     with changed([(memory, "DISABLE_SMART_MEMORY", True)]), _Taking():
         patcher = load(recipe)
     files = _memory_of_files()

@@ -95,7 +95,7 @@ def test_weights_that_leave_the_device_are_not_copied(model, part, monkeypatch):
     assert same(loaded, model) and not outside(loaded, file_of(model))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="moves weights off a GPU; above, others stand in")
 @PARTS
 def test_weights_that_leave_a_gpu_are_not_copied(model, part):
     loaded = load_from_file(recipe_of(model))

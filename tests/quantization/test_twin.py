@@ -10,7 +10,6 @@ import torch
 from loras import relative_error, with_lora
 from skein import engine
 from skein.demo.sampling import sample
-from skein.patchers import unload
 from skein.plan import CacheConfig, FP8Config
 from skein.quantization import run
 from skein.quantization.linear import QuantizedLinear, quantize_weight
@@ -243,14 +242,6 @@ def test_without_room_the_fp8_weights_wait_where_comfyui_offloads_to(model, monk
             assert patcher.loaded_size() == 0
         monkeypatch.undo()
         assert torch.equal(sample(fp8(model), PROMPT, **SMALL), on)
-
-
-def test_a_model_that_its_loader_put_on_the_device_is_taken_off(model):
-    """ComfyUI loads onto a GPU that has more memory free than the host, and does not count it as loaded."""
-    model.offload_device = torch.device("meta")  # the device that a CPU has beside itself
-    unload(model)
-    assert all(weight.is_meta for weight in model.model.parameters())
-    assert model.current_loaded_device() == model.offload_device
 
 
 def test_after_a_change_of_lora_comfyui_decides_how_much_to_load(model):
