@@ -4,9 +4,10 @@
 
 All workers run on the first GPU (bench/one_card.py); --world 0: no workers, ComfyUI's own process. Each is told that
 the card has so many GB, and its allocator fails beyond that. All 60 blocks, random weights; FP8, attention and compiled
-blocks. The result is decoded there too, by a VAE of true size with random weights, and then sampled again. Prints the
-fullest worker's peaks, of its tensors and with what its allocator kept and a CUDA context, the estimate, and what all
-have of the host's memory; ends with one JSON line. Times of several workers are of workers that take turns on one GPU.
+blocks. The same is sampled twice, decoded there too by a VAE of true size with random weights, and sampled again.
+
+Prints the fullest worker's peaks, of its tensors and with what its allocator kept and a CUDA context, the estimate, and
+what all have of the host's memory; ends with one JSON line. Times of several workers are of workers that take turns.
 """
 
 import argparse
@@ -52,6 +53,11 @@ def timed(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
     return run(), time.perf_counter() - started
 
 
+def apart(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """Relative distance between two results."""
+    return float((result - reference).norm() / reference.norm())
+
+
 def peak_of_all() -> int:
     """The largest peak of tensors in bytes since the last question, of this process's device or among the workers."""
     if group._group is None:
@@ -66,9 +72,10 @@ def main() -> None:
     ).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--gb", type=float, default=24.0)
+    parser.add_argument("--verbose", action="store_true", help="show all lines of the workers' log")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("skein").setLevel(logging.INFO)
+    logging.getLogger("skein").setLevel(logging.DEBUG if options.verbose else logging.INFO)
     size, whole = int(options.gb * 1e9), torch.cuda.get_device_properties(0).total_memory
     limit = {
         "SKEIN_CARD_BYTES": str(size),
@@ -97,12 +104,13 @@ def main() -> None:
             "finite": bool(out.isfinite().all()), "run_s": seconds, "tensors_gb": peaks["peak_bytes"] / 1e9,
             "peak_gb": (peaks["reserved_bytes"] + CONTEXT) / 1e9, "estimated_work_gb": estimate / 1e9, **host,
         }  # fmt: skip
+        row["error_of_second_run"] = apart(sampled(), out)
         if options.world != 1:  # one worker's video is decoded by this process, which may have the whole GPU
             vae = random_vae("HunyuanVideo")
             _, row["decode_s"] = timed(lambda: decode(vae, out, DecodeConfig()))
             row["decode_tensors_gb"] = peak_of_all() / 1e9
         again, row["run_again_s"] = timed(sampled)
-        row["error_of_run_again"] = float((again - out).norm() / out.norm())
+        row["error_of_run_again"] = apart(again, out)
     print(
         json.dumps({
             "device": device_name(), "gb": options.gb, "world": options.world, **row,

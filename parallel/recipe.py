@@ -1,6 +1,7 @@
 """How a worker comes to the same model: the loader's recipe, and the patches that nodes have put on the weights.
 
-Weights never travel. ComfyUI's loaders note on a ModelPatcher how to load it again; a worker does just that.
+Weights never travel. ComfyUI's loaders note on a ModelPatcher how to load it again; a worker does just that, with
+weights of the type that ComfyUI chose in its own process: it chooses by the device, and devices may differ.
 """
 
 import importlib
@@ -8,7 +9,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import comfy.weight_adapter
+from comfy.cli_args import args
 
+from ..attributes import changed
 from .protocol import NotPlain, pack
 
 if TYPE_CHECKING:
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 Patches = dict[str, list[tuple]]
 MODULE = "comfy.sd"  # the only one whose loaders a worker calls
+TYPES = {"float32": "fp32_unet", "bfloat16": "bf16_unet", "float16": "fp16_unet"}  # ComfyUI's options for each
 
 
 def recipe_of(patcher: "ModelPatcher") -> dict[str, Any]:
@@ -35,6 +39,7 @@ def recipe_of(patcher: "ModelPatcher") -> dict[str, Any]:
         "loader": recipe[0].__name__,
         "arguments": list(recipe[1]),
         "index": recipe[2] if len(recipe) > 2 else None,
+        "dtype": str(patcher.model.get_dtype()).removeprefix("torch."),
         "versions": [
             [os.stat(file).st_mtime_ns, os.stat(file).st_size] for file in files
         ],  # another file, another model
@@ -43,7 +48,9 @@ def recipe_of(patcher: "ModelPatcher") -> dict[str, Any]:
 
 def load(recipe: dict[str, Any]) -> "ModelPatcher":
     """The model of a recipe, by ComfyUI's loader."""
-    loaded = getattr(importlib.import_module(MODULE), recipe["loader"])(*recipe["arguments"])
+    options = [(args, option, dtype == recipe["dtype"]) for dtype, option in TYPES.items()]
+    with changed(options if recipe["dtype"] in TYPES else []):
+        loaded = getattr(importlib.import_module(MODULE), recipe["loader"])(*recipe["arguments"])
     return loaded if recipe["index"] is None else loaded[recipe["index"]]
 
 

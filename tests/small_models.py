@@ -6,8 +6,11 @@ from types import SimpleNamespace
 
 import comfy.ldm.hunyuan_video.model
 import comfy.sd
+import pytest
 import torch
 from safetensors.torch import save_file
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="moves weights off a GPU; SKEIN_DEVICES=0 lets it")
 
 # What makes a HunyuanVideo 1.5 of it.
 HUNYUAN_VIDEO_15 = dict(

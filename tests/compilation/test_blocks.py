@@ -102,7 +102,6 @@ def test_warming_up_changes_nothing_but_when(tiny_model):
     assert len(said) == 2 and "half a minute" in said[0]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="takes the C++ compiler away, which a GPU's graphs do not need")
 def test_where_the_compiler_fails_the_run_goes_on_and_the_log_names_the_block(tiny_model, tmp_path, caplog):
     """The C++ compiler is really missing; the next run, with it, compiles."""
     torch._dynamo.reset()

@@ -3,12 +3,14 @@
 import weakref
 from pathlib import Path
 
+import comfy.cli_args
 import comfy.sd
 import comfy.utils
 import pytest
 import torch
 from checkpoints import SMALL, random_model, text, with_lora
 from skein import engine
+from skein.attributes import changed
 from skein.demo.sampling import sample
 from skein.models import share
 from skein.parallel import group, release
@@ -16,12 +18,13 @@ from skein.parallel.recipe import recipe_of
 from skein.plan import FP8Config, ParallelConfig
 from skein.worker import weights
 from skein.worker.weights import load_from_file
+from small_models import on_a_gpu
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     with torch.inference_mode():
-        return random_model(tmp_path_factory.mktemp("checkpoints"), 4)
+        return random_model(tmp_path_factory.mktemp("checkpoints"), 4, torch.float32)
 
 
 def file_of(model) -> str:
@@ -71,6 +74,18 @@ def test_converted_weights_are_the_loaders(model):
     assert len(outside(loaded, file_of(model))) == len(list(loaded.model.diffusion_model.parameters()))
 
 
+def test_the_type_is_the_one_chosen_in_comfyuis_process(model):
+    """On a device for which ComfyUI would choose another, weights would not go with what they are multiplied by."""
+    with changed([(comfy.cli_args.args, "bf16_unet", True)]):
+        chosen = comfy.sd.load_diffusion_model(file_of(model))
+    loaded = load_from_file(recipe_of(chosen))
+    assert loaded.model.get_dtype() == torch.bfloat16 and same(loaded, chosen)
+    out = sample(chosen, text(7), **SMALL)
+    workers = sample(engine.edit(chosen, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
+    release()
+    assert torch.allclose(workers, out, rtol=0, atol=2e-6 * float(out.abs().max()))
+
+
 def test_what_is_written_to_a_weight_stays_out_of_the_file(model):
     before = Path(file_of(model)).read_bytes()
     loaded = load_from_file(recipe_of(model))
@@ -95,7 +110,7 @@ def test_weights_that_leave_the_device_are_not_copied(model, part, monkeypatch):
     assert same(loaded, model) and not outside(loaded, file_of(model))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="moves weights off a GPU; above, others stand in")
+@on_a_gpu
 @PARTS
 def test_weights_that_leave_a_gpu_are_not_copied(model, part):
     loaded = load_from_file(recipe_of(model))

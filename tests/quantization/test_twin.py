@@ -9,13 +9,14 @@ import pytest
 import torch
 from loras import relative_error, with_lora
 from skein import engine
+from skein.attributes import changed
 from skein.demo.sampling import sample
-from skein.plan import CacheConfig, FP8Config
+from skein.plan import CacheConfig, CompileConfig, FP8Config
 from skein.quantization import run
 from skein.quantization.linear import QuantizedLinear, quantize_weight
 from skein.quantization.run import TWIN_KEY, quantized
 from skein.report import recent_runs
-from small_models import random_hunyuan_video
+from small_models import on_a_gpu, random_hunyuan_video
 
 SMALL = dict(shape=(1, 16, 3, 8, 8), steps=4)
 PROMPT = "a red circle moves left"
@@ -274,6 +275,20 @@ def test_a_partly_loaded_twin_gives_the_same(model, monkeypatch):
         monkeypatch.undo()
     assert relative_error(partly, on) < 1e-5
     assert torch.equal(sample(fp8(source), PROMPT, **SMALL), on)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("compiled", [None, CompileConfig()], ids=["eager", "compiled"])
+def test_a_twin_that_stays_off_the_gpu_gives_the_same_to_rounding(model, compiled):
+    """Compiled anew, because its weights come from another device, and perhaps rounded in another order."""
+    planned = engine.edit(fp8(model), compile=compiled)
+    on = sample(planned, PROMPT, **SMALL)
+    comfy.model_management.unload_all_models()
+    with changed([(torch.cuda, "mem_get_info", lambda device=None: (0, 1 << 30))]):
+        off = sample(planned, PROMPT, **SMALL)
+        assert twin_of(model).model.model_lowvram
+    assert relative_error(off, on) < 0.02
+    assert relative_error(sample(planned, PROMPT, **SMALL), on) < 0.02
 
 
 def test_sizes_are_real(model):
