@@ -3,11 +3,16 @@
 Letters: B batch, H heads, S queries, K keys, D head dim.
 """
 
+import logging
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .kernels import Problem, flash3
 from .kernels.kernel import HALF_TYPES
+
+logger = logging.getLogger("skein")
 
 CHUNK = 1 << 26  # scores computed at a time where no kernel does it
 
@@ -17,12 +22,39 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, spare: int = 0) -> tuple
 
     spare: multiprocessors that a kernel which would take all to its end leaves to others.
     """
-    if flash3.FLASH3.obstacle(Problem.of(q)) is None:
-        return flash3.run_with_lse(q, k, v, spare)
-    if q.device.type == "cuda" and q.dtype in HALF_TYPES and q.shape[3] <= 256:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
-        return out.transpose(1, 2), lse
+    for label, (can, run) in KERNELS.items():
+        problem = label, q.device, q.dtype, q.shape[3]
+        if problem in _failed or not can(q):
+            continue
+        try:
+            return run(q, k, v, spare)
+        except torch.OutOfMemoryError:
+            raise  # says nothing about what the kernel can do
+        except Exception as error:  # an old GPU, or a package built for another PyTorch
+            _failed.add(problem)
+            why = str(error).partition("\n")[0]
+            logger.warning("Skein attention: %s failed in a ring and is not used there again (%s)", label, why)
     return _plain(q, k, v)
+
+
+def _flash2(q: Tensor, k: Tensor, v: Tensor, spare: int) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    return out.transpose(1, 2), lse
+
+
+def _takes_flash3(q: Tensor) -> bool:
+    return flash3.FLASH3.obstacle(Problem.of(q)) is None
+
+
+def _takes_flash2(q: Tensor) -> bool:
+    return q.device.type == "cuda" and q.dtype in HALF_TYPES and q.shape[3] <= 256
+
+
+KERNELS: dict[str, tuple[Callable[[Tensor], bool], Callable]] = {  # label -> whether it takes such queries, how it runs
+    "FlashAttention-3": (_takes_flash3, flash3.run_with_lse),
+    "FlashAttention-2": (_takes_flash2, _flash2),
+}
+_failed: set[tuple] = set()  # label, device, type, head dim
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

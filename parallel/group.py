@@ -33,6 +33,7 @@ logger = logging.getLogger("skein")
 WORKER = Path(__file__).resolve().parent.parent / "worker"
 START_SECONDS = 300.0
 ROOM_SECONDS = 600.0
+END_SECONDS = 5.0
 LOOK_SECONDS = 0.05  # how often a wait looks at the interrupt
 TELL_SECONDS = 0.5  # how long after a failure others may still tell of theirs, which may be the cause
 NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
@@ -43,6 +44,9 @@ STATES = {  # of workers asked to
 }  # fmt: skip
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # before and since PyTorch 2.9
 SEGMENTS = "expandable_segments:True"  # 0.9 of 24 GB were free and too scattered to be used without
+
+
+RELEASED = "The workers were released while they were at work. The next prompt starts new ones."
 
 
 class GroupError(RuntimeError):
@@ -101,7 +105,8 @@ class Group:
         self.pids: dict[int, int] = {}  # of the workers on this machine, by rank
         self._check_interrupt = check_interrupt
         self._channels: dict[int, Channel] = {}
-        self._waiting = ""  # the kind of the message whose answer has not come yet
+        self._waiting = ""  # the kind of the message whose answers have not all come yet
+        self._answers: dict[int, Any] = {}  # those that have, by rank: an interrupt may come between two
         self._log: collections.deque[str] = collections.deque(maxlen=200)
         key = os.urandom(32)
         live.workers_started(setting.devices)
@@ -138,7 +143,7 @@ class Group:
             self._channels[0].send(kind, value)
         except OSError:
             self._fail(0, "gone")
-        self._waiting = kind
+        self._waiting, self._answers = kind, {}
         live.workers_stand(STATES[kind])
         return self._answer(seconds, progress)
 
@@ -170,10 +175,13 @@ class Group:
             with suppress(OSError):
                 channel.connection.close()
         try:
-            self._process.wait(5)
+            self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        deadline = time.monotonic() + END_SECONDS
+        while time.monotonic() < deadline and any(map(_runs, self.pids.values())):
+            time.sleep(0.01)  # until a worker's end, its GPU is as full as before
 
     def _launch(self, key: bytes) -> subprocess.Popen:
         setting = self.setting
@@ -233,7 +241,7 @@ class Group:
                 live.workers_changed(rank, pid=value["pid"])
 
     def _answer(self, seconds: float, progress: Callable[[int], None] = lambda amount: None) -> dict[int, Any]:
-        deadline, answers = time.monotonic() + seconds, {}
+        deadline, answers = time.monotonic() + seconds, self._answers
         ranks = range(len(self.setting.devices) if self._waiting in EVERYBODY else 1)
         while any(rank not in answers for rank in ranks):
             kind, value, rank = self._next_message(deadline, self._waiting)
@@ -248,13 +256,13 @@ class Group:
 
     def _next_message(self, deadline: float, doing: str) -> tuple[str, Any, int]:
         """The next message of a worker that is not of a failure, and its rank."""
-        while True:
+        while not self.closed:
             self._check_interrupt()
             ranks = {channel.connection: rank for rank, channel in list(self._channels.items())}
             if not ranks:
                 time.sleep(LOOK_SECONDS)
-            for connection in wait(list(ranks), LOOK_SECONDS) if ranks else []:
-                rank = ranks[connection]  # type: ignore[index]
+            for connection in self._wait(list(ranks), LOOK_SECONDS):
+                rank = ranks[connection]
                 message = self._read(rank)
                 if message[0] in ("gone", "error", "full"):
                     self._fail(rank, *message)
@@ -263,6 +271,16 @@ class Group:
                 self._fail(None, "gone", None)
             if time.monotonic() > deadline:
                 self._fail(None, "error", {"text": f"no answer in time ({doing})"})
+        raise GroupError(RELEASED)
+
+    def _wait(self, connections: list, seconds: float) -> list:
+        """Those that have something to say, within so many seconds."""
+        try:
+            return wait(connections, seconds) if connections else []
+        except OSError:
+            if self.closed:
+                return []  # by another thread, which releases the workers
+            raise
 
     def _read(self, rank: int) -> tuple[str, Any]:
         try:
@@ -276,13 +294,15 @@ class Group:
         When one dies, the others fail for lack of it. So one that has gone without a word comes first, then what was
         told first.
         """
+        if self.closed:
+            raise GroupError(RELEASED)
         failures = [(rank, kind, value)]
         deadline = time.monotonic() + TELL_SECONDS
         told = {rank}
         while (left := deadline - time.monotonic()) > 0 and kind != "gone":
             ranks = {channel.connection: r for r, channel in self._channels.items() if r not in told}
-            for connection in wait(list(ranks), left) if ranks else []:
-                other = ranks[connection]  # type: ignore[index]
+            for connection in self._wait(list(ranks), left):
+                other = ranks[connection]
                 told.add(other)
                 failures.append((other, *self._read(other)))
             if not ranks:
@@ -297,6 +317,14 @@ class Group:
         if kind == "full":
             raise torch.OutOfMemoryError(f"{who} ran out of memory: {value['text']}")
         raise GroupError(f"{who} {said}. The next prompt starts new workers; the log has more.")
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process runs, on Linux: one that has ended may wait for its parent to ask."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 _group: Group | None = None  # one at a time: it may fill every GPU

@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import comfy.weight_adapter
+import torch
 from comfy.cli_args import args
 
 from ..attributes import changed
@@ -52,6 +53,11 @@ def load(recipe: dict[str, Any]) -> "ModelPatcher":
     with changed(options if recipe["dtype"] in TYPES else []):
         loaded = getattr(importlib.import_module(MODULE), recipe["loader"])(*recipe["arguments"])
     return loaded if recipe["index"] is None else loaded[recipe["index"]]
+
+
+def inference_type(patcher: "ModelPatcher") -> torch.dtype:
+    """The type that the model computes in, and that its inputs have: a node may have changed it (ModelComputeDtype)."""
+    return patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
 
 
 def export_patches(patcher: "ModelPatcher") -> Patches:

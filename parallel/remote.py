@@ -29,10 +29,10 @@ from ..models import call_options, find_stack, share
 from ..patchers import clone_over, unload
 from ..plan import PLAN_KEY, Plan
 from ..report import show
-from .group import Group, Setting, group_for, release, running_group, visible_devices
+from .group import Group, GroupError, Setting, group_for, release, running_group, visible_devices
 from .machines import machines
 from .protocol import OPTIONS, NotPlain, pack
-from .recipe import export_patches, recipe_of
+from .recipe import export_patches, inference_type, recipe_of
 
 logger = logging.getLogger("skein")
 
@@ -101,7 +101,8 @@ def _begin(group: Group, source: ModelPatcher, plan: Plan) -> None:
     changed = group.patches != source.patches_uuid
     patches = export_patches(source) if changed else None
     group.patches = None
-    group.ask("begin", {"plan": asdict(plan), "patches": patches}, BEGIN_SECONDS)
+    question = {"plan": asdict(plan), "patches": patches, "dtype": inference_type(source)}
+    group.ask("begin", question, BEGIN_SECONDS)
     group.patches = source.patches_uuid
     group.resident = True
 
@@ -180,6 +181,9 @@ class Proxy:
 
     def __init__(self, source: ModelPatcher):
         unload(source)
+        if source.offload_device.type != "cpu":  # --highvram: it lies there, outside of ComfyUI's books
+            source.model.to("cpu")
+            source.model.device = torch.device("cpu")
         self.size = memory.module_size(source.model)
         self.model = share(source.model)
         _empty(self.model.diffusion_model)
@@ -206,10 +210,18 @@ class Proxy:
         return self.size if idle else 0
 
     def _give(self, _device: Any, _bytes: float, *_rest: Any, **_options: Any) -> int:
-        """ComfyUI needs some of the device's memory: the workers give theirs, and load again when they sample."""
+        """ComfyUI needs some of the device's memory: the workers give theirs, and load again when they sample.
+
+        Raises nothing: ComfyUI is in the middle of its books. It ends workers that give nothing.
+        """
         group = running_group()
-        assert group is not None
-        return group.give_room()
+        try:
+            return group.give_room() if group is not None else 0
+        except memory.InterruptProcessingException:
+            memory.interrupt_current_processing(True)  # for the next node
+        except (GroupError, torch.OutOfMemoryError) as error:
+            logger.warning("Skein workers: %s", error)
+        return 0
 
     def _detached(self, _patcher: ModelPatcher, unpatch_all: bool) -> None:
         """ComfyUI has unloaded the model: for memory, or because somebody asked for it."""
@@ -247,8 +259,6 @@ def _setting(plan: Plan, source: ModelPatcher) -> Setting:
     """Which workers this plan wants."""
     assert plan.parallel is not None
     devices, heads = visible_devices(plan.parallel.device_names), find_stack(source.model.diffusion_model).heads
-    if "cpu" not in devices and not torch.distributed.is_nccl_available():
-        raise ValueError("Context Parallel needs NCCL, which PyTorch has on Linux; remove the node on this machine.")
     nodes, endpoint = machines()
     chosen = plan.parallel
     degrees = chosen.degrees(len(devices), heads) if nodes == 1 else (chosen.ulysses_degree, chosen.ring_degree)
@@ -256,7 +266,12 @@ def _setting(plan: Plan, source: ModelPatcher) -> Setting:
 
 
 def worker_setting(devices: tuple[str, ...], degrees: tuple[int, int], nodes: int = 1, endpoint: str = "") -> Setting:
-    """Workers with the options of ComfyUI's own process."""
+    """Workers with the options of ComfyUI's own process. Raises ValueError where there can be none."""
+    if "cpu" not in devices and not torch.distributed.is_nccl_available():
+        raise ValueError(
+            "Workers on GPUs need NCCL, which PyTorch has on Linux; remove Context Parallel here, or name one device "
+            "in VAE Decode's devices."
+        )
     options = {name: value for name, value in vars(comfy.cli_args.args).items() if _is_json(value)}
     options["fast"] = sorted(feature.value for feature in getattr(comfy.cli_args.args, "fast", None) or ())
     if "cpu" in devices:
@@ -271,6 +286,8 @@ def _is_json(value: object) -> bool:
 
 def _refuse_code(source: ModelPatcher, options: dict) -> None:
     """Raises ValueError if there is something on the model that only exists in this process."""
+    if source.get_additional_models_with_key("multigpu"):
+        raise ValueError("Context Parallel and ComfyUI's MultiGPU node cannot work on one model; remove one of them.")
     replaced = [name for name in source.object_patches if name.startswith("diffusion_model")]
     if replaced:
         raise ValueError(CODE.format(f"a replaced part of the model ({replaced[0]})"))

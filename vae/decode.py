@@ -44,15 +44,29 @@ def decode(vae: Any, latent: Tensor, config: DecodeConfig) -> Tensor:
 
 
 def _devices(vae: Any, config: DecodeConfig) -> tuple[str, ...] | None:
-    """The workers' devices; None for ComfyUI's own process."""
+    """The workers' devices; None for ComfyUI's own process. Raises ValueError on what there is not."""
     names, group = config.device_names, running_group()
     own = str(vae.device.index or 0) if vae.device.type == "cuda" else vae.device.type
     if names == ["all"]:
-        if group is not None and len(group.setting.devices) > 1:
-            return group.setting.devices
-        if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
-            return None
-    return None if names == [own] else visible_devices(names)
+        devices = _all_devices() if group is None or len(group.setting.devices) == 1 else group.setting.devices
+        return devices if len(devices) > 1 and _fit(vae, devices) else None
+    if names == [own]:
+        return None
+    devices = visible_devices(names)
+    if not _fit(vae, devices):
+        raise ValueError('ComfyUI decodes on the CPU here (--cpu-vae); name "cpu" as device.')
+    return devices
+
+
+def _all_devices() -> tuple[str, ...]:
+    """The GPUs that can work together."""
+    found = torch.cuda.is_available() and torch.distributed.is_available() and torch.distributed.is_nccl_available()
+    return visible_devices(["all"]) if found else ()
+
+
+def _fit(vae: Any, devices: tuple[str, ...]) -> bool:
+    """Whether workers on these devices would have the VAE on them: not where ComfyUI has it on the CPU (--cpu-vae)."""
+    return vae.device.type != "cpu" or "cpu" in devices
 
 
 class _Decode(ABC):

@@ -42,7 +42,8 @@ def tiles_of(vae: Any, latent: Tensor, tiling: Tiling) -> list[Tensor]:
     nothing = torch.empty(1, vae.output_channels, 1, 1, 1, device="meta")
 
     def note(tile: Tensor) -> Tensor:
-        tiles.append(latent.as_strided(tile.shape, latent.stride(), tile.storage_offset()))
+        first = latent.storage_offset() + tile.storage_offset()  # a batch's second half is contiguous, too
+        tiles.append(latent.as_strided(tile.shape, latent.stride(), first))
         return nothing
 
     _scaled(vae, torch.empty_like(latent, device="meta"), note, tiling, "meta")

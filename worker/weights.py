@@ -34,15 +34,13 @@ def load_from_file(recipe: dict[str, Any]) -> "ModelPatcher":
     # would then be in this process's own memory.
     with changed([(memory, "DISABLE_SMART_MEMORY", True)]), _Taking():
         patcher = load(recipe)
-    files = _memory_of_files()
+    here = [each.data_ptr() for each in patcher.model.parameters() if each.device.type == "cpu"]
+    files = [each for each in _memory_of_files() if any(address in each for address in here)]
     for module in patcher.model.modules():
-        weights = {
-            parameter: parameter.data
-            for parameter in module.parameters(recurse=False)
-            if parameter.device.type == "cpu" and any(parameter.data_ptr() in each for each in files)
-        }
+        weights: dict[str, tuple[Tensor, Tensor]] = {}
+        _note(module, weights, files)
         if weights:
-            vars(module)["_apply"] = partial(_apply, module, weights)
+            vars(module)["_apply"] = partial(_apply, module, weights, files)
     return patcher
 
 
@@ -78,16 +76,31 @@ def _memory_of_files() -> list[range]:
     return found
 
 
+def _note(module: nn.Module, weights: dict[str, tuple[Tensor, Tensor]], files: list[range]) -> None:
+    """Note which of a module's own Parameters lie in files' memory now, and where: name -> Parameter, its data."""
+    for name, parameter in module._parameters.items():
+        if parameter is None or parameter.device.type != "cpu":
+            continue
+        if any(parameter.data_ptr() in each for each in files):
+            weights[name] = parameter, parameter.data
+
+
 def _apply(
-    module: nn.Module, weights: dict[Tensor, Tensor], function: Callable[[Tensor], Tensor], recurse: bool = True
+    module: nn.Module,
+    weights: dict[str, tuple[Tensor, Tensor]],
+    files: list[range],
+    function: Callable[[Tensor], Tensor],
+    recurse: bool = True,
 ) -> nn.Module:
     """A module's _apply, which moves its Parameters: those that come to the CPU take their memory in the file.
 
-    What is patched is another Parameter, or has been restored before it leaves the device.
+    What is patched is another Parameter, and ComfyUI restores it as yet another over the same memory.
     """
-    for parameter in module.parameters(recurse=False):
-        if parameter in weights and _comes_to_cpu(parameter, function):
-            parameter.data = weights[parameter]
+    _note(module, weights, files)
+    for name, (known, data) in weights.items():
+        parameter = module._parameters[name]
+        if parameter is known and _comes_to_cpu(parameter, function):
+            parameter.data = data
     return type(module)._apply(module, function, recurse)
 
 

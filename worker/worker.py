@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management as memory
+import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from ..estimate import Load, room_bytes
 from ..models import find_stack
 from ..parallel.mesh import Mesh
 from ..parallel.protocol import OPTIONS
-from ..parallel.recipe import import_patches
+from ..parallel.recipe import import_patches, inference_type
 from ..plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan
 from ..vae.estimate import room
 from .decoder import Decoder
@@ -53,13 +54,15 @@ class Worker:
         memory.soft_empty_cache()
         self.base = self.patched = load_from_file(recipe)
 
-    def begin(self, plan: dict, patches: dict | None) -> None:
-        """Begin a run. patches: those on the weights; None if they are the last run's."""
+    def begin(self, plan: dict, patches: dict | None, dtype: torch.dtype) -> None:
+        """Begin a run. patches: those on the weights; None if they are the last run's. dtype: to compute in."""
         self.end()
         if patches is not None:
             self.patched = self.base.clone()
             self.patched.patches = import_patches(patches)
             self.patched.patches_uuid = uuid.uuid4()
+            if dtype != inference_type(self.base):
+                self.patched.set_model_compute_dtype(dtype)
         self.guider = SimpleNamespace(model_patcher=self.patched, model_options=self.patched.model_options)
         self.plan, self.reserved = plan_from(plan), None
         with contextlib.ExitStack() as run:

@@ -4,6 +4,7 @@ Ordered by group, because starting one takes seconds; within a group another che
 """
 
 import re
+from types import SimpleNamespace
 
 import comfy.model_management as memory
 import pytest
@@ -12,8 +13,9 @@ from checkpoints import SMALL, random_model, text, with_lora
 from loras import relative_error
 from skein import engine, live
 from skein.demo.sampling import sample
-from skein.parallel import release
+from skein.parallel import GroupError, release
 from skein.parallel.group import running_group
+from skein.parallel.remote import Proxy, clear_own
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig
 from skein.report import recent_runs
 from small_models import HUNYUAN_VIDEO_15, around_the_text
@@ -126,6 +128,50 @@ def test_fp8_and_compiled_blocks_in_the_workers(models):
     one, many = both(lambda model, **plan: engine.edit(model, parallel=two, **plan), model, {}, **plan)
     stock = sample(model, text(7), **SMALL)
     assert relative_error(many, one) < 0.2 * relative_error(one, stock) and relative_error(one, stock) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "error", [GroupError("gone"), torch.OutOfMemoryError("full"), memory.InterruptProcessingException()]
+)
+def test_workers_that_give_no_memory_are_ended_and_comfyuis_books_are_right(models, error, monkeypatch):
+    """What fails is raised for them: ComfyUI asks in the middle of a loop that has unloaded others."""
+    model, two = models(2), ParallelConfig("cpu,cpu")
+    one = sample(model, text(7), **SMALL)
+    sample(engine.edit(model, parallel=two), text(7), **SMALL)
+    asked, workers = [], running_group()
+
+    def fail():
+        asked.append(error)
+        raise error
+
+    clear_own(torch.device("cpu"))
+    monkeypatch.setattr(workers, "give_room", fail)
+    monkeypatch.setattr(memory, "get_free_memory", lambda *_, **__: 0)
+    memory.free_memory(1, torch.device("cpu"))
+    monkeypatch.undo()
+    interrupted = memory.processing_interrupted()
+    memory.interrupt_current_processing(False)
+    assert asked and running_group() is None
+    assert interrupted == isinstance(error, memory.InterruptProcessingException)
+    memory.cleanup_models_gc()
+    assert relative_error(sample(engine.edit(model, parallel=two), text(7), **SMALL), one) < TOLERANCE
+
+
+def test_multigpu_is_refused(models):
+    several = models(2).clone()
+    several.set_additional_models("multigpu", [models(2).clone()])
+    with pytest.raises(ValueError, match="MultiGPU"):
+        sample(engine.edit(several, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
+
+
+def test_a_model_that_comfyui_keeps_on_the_gpu_leaves_it(models, monkeypatch):
+    """--highvram; another name of the CPU stands for the GPU."""
+    model = models(2).clone()
+    monkeypatch.setattr(model, "offload_device", SimpleNamespace(type="cuda"))
+    moves = []
+    monkeypatch.setattr(model.model, "to", moves.append)
+    Proxy(model)
+    assert moves == ["cpu"]
 
 
 def test_hunyuan_video_15(models):

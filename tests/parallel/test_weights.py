@@ -9,6 +9,7 @@ import comfy.utils
 import pytest
 import torch
 from checkpoints import SMALL, random_model, text, with_lora
+from loras import relative_error
 from skein import engine
 from skein.attributes import changed
 from skein.demo.sampling import sample
@@ -83,7 +84,20 @@ def test_the_type_is_the_one_chosen_in_comfyuis_process(model):
     out = sample(chosen, text(7), **SMALL)
     workers = sample(engine.edit(chosen, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
     release()
-    assert torch.allclose(workers, out, rtol=0, atol=2e-6 * float(out.abs().max()))
+    assert relative_error(workers, out) < 2e-6
+
+
+def test_a_type_that_a_node_has_chosen_is_computed_in(model):
+    """As the node ModelComputeDtype does it; inputs of that type would not go with weights of the file's."""
+    chosen = model.clone()
+    chosen.set_model_compute_dtype(torch.bfloat16)
+    out = sample(chosen, text(7), **SMALL)
+    workers = sample(engine.edit(chosen, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
+    assert relative_error(out, sample(model, text(7), **SMALL)) > 0
+    assert relative_error(workers, out) < 0.01
+    back = sample(engine.edit(model, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
+    release()
+    assert relative_error(back, sample(model, text(7), **SMALL)) < 2e-6
 
 
 def test_what_is_written_to_a_weight_stays_out_of_the_file(model):
@@ -140,6 +154,9 @@ def test_patched_weights_are_not_lost_on_the_way(model, monkeypatch):
     assert all(torch.equal(weight, before[name]) for name, weight in patched.model.named_parameters())
     patched.detach()
     assert same(loaded, model)
+    loaded.model._apply(torch.clone)  # the LoRA has been taken off, by Parameters that are new
+    loaded.model._apply(lambda tensor: tensor)
+    assert same(loaded, model) and not outside(loaded, file_of(model))
 
 
 @pytest.mark.parametrize("fp8", [None, FP8Config()])

@@ -18,7 +18,8 @@ from skein.demo.sampling import sample
 from skein.nodes.vae import VAEDecodeNode
 from skein.parallel import GroupError, group, release
 from skein.plan import DecodeConfig, ParallelConfig
-from skein.vae.decode import decode
+from skein.vae.decode import _devices, decode
+from skein.vae.remote import workers
 from skein.vae.tiles import tiling_of
 
 TOLERANCE = 1e-4
@@ -139,6 +140,54 @@ def test_a_rank_killed_in_the_middle_of_a_decode(wan, latent, mode, rank):
         decode(wan, long, config)
     assert time.monotonic() - killed[0] < 5
     assert difference(decode(wan, latent, DecodeConfig("whole", "cpu,cpu")), wan.decode(latent)) < TOLERANCE
+
+
+def test_a_part_of_a_batch_in_tiles(wan):
+    """As RebatchLatents cuts it: its values do not come first in memory."""
+    config, part = DecodeConfig("tiled", "cpu,cpu", **TILES), vaes.latent("Wan 2.1", (2, 3, 12, 16))[1:2]
+    assert difference(decode(wan, part, config), stock_tiled(wan, part, config)) < TOLERANCE
+
+
+def test_an_interrupt_between_two_answers_loses_none(wan, latent, monkeypatch):
+    config = DecodeConfig("whole", "cpu,cpu")
+    decode(wan, latent, config)
+    workers = group._group
+
+    def interrupt_once():
+        if workers._waiting == "decode_strip" and len(workers._answers) == 1:
+            monkeypatch.undo()
+            raise memory.InterruptProcessingException
+
+    monkeypatch.setattr(workers, "_check_interrupt", interrupt_once)
+    with pytest.raises(memory.InterruptProcessingException):
+        decode(wan, latent, config)
+    assert difference(decode(wan, latent, config), wan.decode(latent)) < TOLERANCE and group._group is workers
+
+
+def test_workers_released_in_the_middle_of_a_decode(wan, latent):
+    config = DecodeConfig("whole", "cpu,cpu")
+    decode(wan, latent, config)
+    threading.Timer(0.5, release).start()
+    with pytest.raises(GroupError, match="were released while they were at work"):
+        decode(wan, vaes.latent("Wan 2.1", (1, 5, 32, 32)), config)
+    assert difference(decode(wan, latent, config), wan.decode(latent)) < TOLERANCE
+
+
+def test_gpus_are_left_alone_where_comfyui_decodes_on_the_cpu_or_nccl_is_missing(monkeypatch):
+    """There are two GPUs, which cannot be here."""
+    on_cpu, on_gpu = (SimpleNamespace(device=torch.device(*device)) for device in (("cpu",), ("cuda", 0)))
+    release()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
+    assert _devices(on_gpu, DecodeConfig(devices="all")) == ("0", "1")
+    assert _devices(on_cpu, DecodeConfig(devices="all")) is None
+    with pytest.raises(ValueError, match="--cpu-vae"):
+        _devices(on_cpu, DecodeConfig(devices="0,1"))
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
+    assert _devices(on_gpu, DecodeConfig(devices="all")) is None
+    with pytest.raises(ValueError, match="need NCCL"):
+        workers(_devices(on_gpu, DecodeConfig(devices="0,1")), SimpleNamespace(patcher=SimpleNamespace(patches={})))
 
 
 @pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])

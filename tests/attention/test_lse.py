@@ -1,0 +1,43 @@
+"""Attention with its log-sum-exp: what runs where kernels fail."""
+
+import pytest
+import torch
+from skein.attention import attention_with_lse, lse
+from skein.attention.kernels.kernel import plain_attention
+
+INPUTS = [torch.randn(1, 2, n, 64, generator=torch.Generator().manual_seed(n)) for n in (9, 17, 17)]
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Two kernels that take anything: what the first raises is in the list's first place, the second runs."""
+    calls = [RuntimeError("FlashAttention only supports Ampere GPUs or newer.")]
+
+    def first(q, k, v, spare):
+        calls.append(("first", spare))
+        raise calls[0]
+
+    def second(q, k, v, spare):
+        calls.append(("second", spare))
+        return lse._plain(q, k, v)
+
+    monkeypatch.setattr(lse, "KERNELS", {"one": (lambda q: True, first), "two": (lambda q: True, second)})
+    monkeypatch.setattr(lse, "_failed", set())
+    return calls
+
+
+def test_a_kernel_that_fails_is_left_for_the_next_and_not_tried_again(tried, caplog):
+    for _ in range(2):
+        out, sums = attention_with_lse(*INPUTS, spare=3)
+    assert tried[1:] == [("first", 3), ("second", 3), ("second", 3)] and caplog.text.count("one failed") == 1
+    assert torch.allclose(out, plain_attention(*INPUTS), atol=1e-5)
+    scores = INPUTS[0] @ INPUTS[1].transpose(-1, -2) / 8
+    assert torch.allclose(sums, scores.logsumexp(-1), atol=1e-5)
+
+
+def test_full_memory_says_nothing_about_a_kernel(tried):
+    tried[0] = torch.OutOfMemoryError("full")
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            attention_with_lse(*INPUTS)
+    assert tried[1:] == [("first", 0), ("first", 0)]
