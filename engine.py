@@ -25,9 +25,9 @@ from .attention import AttentionHook, Selection, override
 from .cache import CacheHook, FirstBlockCache
 from .compilation import CompiledBlocks, compile_settings
 from .estimate import Load, advice
-from .models import BlockKey, find_stack
+from .models import OURS_KEY, BlockKey, find_stack
 from .parallel import Mesh, Sharding, delegated, visible_devices
-from .patchers import plain
+from .patchers import only_for, plain
 from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
 from .quantization import quantized
 from .report import begin, note, publish, show
@@ -174,7 +174,8 @@ def _compiling(config: CompileConfig, guider) -> Iterator[None]:
     transformer_options = guider.model_options["transformer_options"]
     if transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(COMPILE_KEY):
         raise ValueError("TorchCompileModel and Skein's Compile cannot work on one model; remove one of them.")
-
+    if patcher.get_additional_models_with_key("multigpu"):
+        raise ValueError("Skein's Compile and ComfyUI's MultiGPU node cannot work on one model; remove one of them.")
     if any(transformer_options.get("patches", {}).get(name) for name in ATTENTION_PATCHES):
         logger.warning(
             "Skein compile: another node's attention patch runs inside of the blocks, so they run uncompiled."
@@ -187,7 +188,8 @@ def _compiling(config: CompileConfig, guider) -> Iterator[None]:
     blocks = CompiledBlocks(config, partial(show, config.node_id, about="compile"))
     keys = [f"diffusion_model.{name}" for name in stack.modules]
     set_torch_compile_wrapper(_RunView(patcher, transformer_options), keys=keys, **compile_settings(config))
-    add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, blocks.around_model, transformer_options)
+    around_model = only_for(patcher.model.diffusion_model, blocks.around_model, "Compile Blocks")
+    add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, around_model, transformer_options)
     for key in stack.keys:
         _wrap_block(transformer_options, key, blocks.around_block(key), innermost=True)
     with blocks.settings(), _frozen(patcher.model.diffusion_model):
@@ -297,6 +299,7 @@ def _wrap_block(transformer_options: dict, key: BlockKey, wrapper: Callable, inn
             return other(args, {**extra, "original_block": lambda inner_args: wrapper(inner_args, original)})
         return wrapper(args, lambda inner_args: other(inner_args, extra))
 
+    vars(replacement)[OURS_KEY] = True
     replacements[key] = replacement
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models import WARM_UP_KEY, call_options
+from ..models import OURS_KEY, WARM_UP_KEY, call_options
 from ..report import add
 from ..runs import Call, Run, finite
 from ..stopwatch import Stopwatch
@@ -107,14 +107,14 @@ class CacheHook:
     def last_block(self, args: dict, block: Block) -> dict:
         """Runs the last block and keeps what the stack changed, or puts in what it would have changed."""
         call = _current(args)
-        if call is None:
+        if call is None or call.signature is None:  # another pack has put something in the first block's place
             return block(args)
         if call.reused is not None:
             out = {key: args[key] for key in ("img", "txt") if key in args}
             # Written over, not added to: what others added between the blocks (ControlNet) is in the residual.
             _image_part(out["img"], call).copy_(call.reused)
             return out
-        assert call.after_first is not None and call.signature is not None
+        assert call.after_first is not None
         out = block(args)
         residual = call.after_first.neg_().add_(_image_part(out["img"], call))
         self.cache.store(call.conditions, call.signature, residual, call.sigma)
@@ -133,8 +133,11 @@ def _image_part(hidden: Tensor, call: _ModelCall) -> Tensor:
 
 
 def _conditions(options: dict) -> list[Hashable]:
-    """What the chunks of this call's batch are conditioned on: ComfyUI's id of each conditioning, and the
-    window of frames where context windows are in use. The same list means the same chunks in the same order."""
+    """What the chunks of this call's batch are conditioned on: ComfyUI's id of each conditioning, the window of frames
+    where context windows are in use, and the blocks that another pack has replaced for this call (Skip Layer Guidance).
+    The same list means the same chunks in the same order."""
+    blocks = options.get("patches_replace", {}).get("dit", {})
+    replaced = frozenset(key for key, function in blocks.items() if not hasattr(function, OURS_KEY))
     window = getattr(options.get("context_window"), "index_list", None)
     window = tuple(window) if window is not None else None
-    return [(uuid, window) for uuid in options.get("uuids") or options.get("cond_or_uncond") or [None]]
+    return [(uuid, window, replaced) for uuid in options.get("uuids") or options.get("cond_or_uncond") or [None]]

@@ -44,8 +44,6 @@ STATES = {  # of workers asked to
 }  # fmt: skip
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # before and since PyTorch 2.9
 SEGMENTS = "expandable_segments:True"  # 0.9 of 24 GB were free and too scattered to be used without
-
-
 RELEASED = "The workers were released while they were at work. The next prompt starts new ones."
 
 

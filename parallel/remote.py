@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .. import live
 from ..estimate import Load, room_bytes
 from ..models import call_options, find_stack, share
-from ..patchers import clone_over, unload
+from ..patchers import clone_over, only_for, unload
 from ..plan import PLAN_KEY, Plan
 from ..report import show
 from .group import Group, GroupError, Setting, group_for, release, running_group, visible_devices
@@ -51,19 +51,21 @@ def delegated(plan: Plan, guider) -> Iterator[None]:
     assert config is not None
     _refuse_code(source, guider.model_options["transformer_options"])
     recipe, setting = recipe_of(source), _setting(plan, source)
+    _take_off(source)
     proxy = _proxy_of(source)
     guider.model_patcher = proxy.patcher(source)
     try:
         group = _ready(setting, recipe, proxy, source, plan)
         _begin(group, source, plan)
-        wrapper = _Caller(group, plan, source.load_device)
+        caller = _Caller(group, plan, source.load_device)
         options = guider.model_options["transformer_options"]
+        wrapper = only_for(proxy.model.diffusion_model, caller, "Context Parallel")
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, wrapper, options)
         yield
-        group.last_run = figures(wrapper, group.ask_all("end", {}, CALL_SECONDS))
+        group.last_run = figures(caller, group.ask_all("end", {}, CALL_SECONDS))
         for rank, seconds in enumerate(group.last_run["exchange_s"]):
-            live.workers_changed(rank, exchange_share=seconds / max(wrapper.seconds, 1e-9))
-        show(config.node_id, wrapper.summary())
+            live.workers_changed(rank, exchange_share=seconds / max(caller.seconds, 1e-9))
+        show(config.node_id, caller.summary())
     finally:
         guider.model_patcher = source
         if not config.keep_warm:
@@ -181,9 +183,6 @@ class Proxy:
 
     def __init__(self, source: ModelPatcher):
         unload(source)
-        if source.offload_device.type != "cpu":  # --highvram: it lies there, outside of ComfyUI's books
-            source.model.to("cpu")
-            source.model.device = torch.device("cpu")
         self.size = memory.module_size(source.model)
         self.model = share(source.model)
         _empty(self.model.diffusion_model)
@@ -227,6 +226,14 @@ class Proxy:
         """ComfyUI has unloaded the model: for memory, or because somebody asked for it."""
         if unpatch_all:
             release(holder=self)
+
+
+def _take_off(source: ModelPatcher) -> None:
+    """Take a model off the GPU that ComfyUI keeps there outside of its books (--highvram): a worker has it there."""
+    if source.offload_device.type != "cpu":
+        unload(source)
+        source.model.to("cpu")
+        source.model.device = torch.device("cpu")
 
 
 def _is_proxy(model: Any) -> bool:

@@ -72,6 +72,25 @@ def test_every_subset_is_within_the_sum_of_its_bounds_and_leaves_nothing_behind(
     assert torch.equal(run(model, (), sampler), stock)
 
 
+@pytest.mark.parametrize("layers", [("1", "2"), ("0", ""), ("", "3")], ids=["middle", "first", "last"])
+def test_skip_layer_guidance_is_the_same_with_the_cache(demo_model, layers):
+    """It calls the model a second time in a step, for the same conditioning and with blocks left out."""
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    (guided,) = SkipLayerGuidanceDiT.execute(demo_model, 3.0, 0.0, 1.0, *layers).result
+    plain, effect = run(demo_model, ("cache",)), run(guided, ()) - run(demo_model, ())
+    with_cache = run(guided, ("cache",))
+    assert recent_runs()[-1].reused > 0
+    assert relative_error(with_cache - plain, effect) < 0.5
+
+
+def test_core_multigpu_and_compile_are_refused(demo_model):
+    several = demo_model.clone()
+    several.set_additional_models("multigpu", [demo_model.clone()])
+    with pytest.raises(ValueError, match="MultiGPU"):
+        run(several, ("compile",))
+
+
 def test_the_order_of_the_nodes_does_not_matter(demo_model):
     """All orders of the four nodes and a LoRA give the same bits."""
     steps = [*PARTS, "lora"]

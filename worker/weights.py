@@ -98,7 +98,7 @@ def _apply(
     """
     _note(module, weights, files)
     for name, (known, data) in weights.items():
-        parameter = module._parameters[name]
+        parameter = module._parameters.get(name)
         if parameter is known and _comes_to_cpu(parameter, function):
             parameter.data = data
     return type(module)._apply(module, function, recurse)

@@ -10,12 +10,13 @@ import comfy.model_management as memory
 import pytest
 import torch
 from checkpoints import SMALL, random_model, text, with_lora
+from comfy.patcher_extension import WrappersMP
 from loras import relative_error
 from skein import engine, live
 from skein.demo.sampling import sample
 from skein.parallel import GroupError, release
 from skein.parallel.group import running_group
-from skein.parallel.remote import Proxy, clear_own
+from skein.parallel.remote import _take_off, clear_own
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig
 from skein.report import recent_runs
 from small_models import HUNYUAN_VIDEO_15, around_the_text
@@ -164,14 +165,29 @@ def test_multigpu_is_refused(models):
         sample(engine.edit(several, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
 
 
+def test_a_guider_with_a_second_model_is_refused(models):
+    """Its calls come with the first model's options, as ComfyUI's Dual Model CFG Guider makes them."""
+    model, second = models(2).clone(), models(3)
+
+    def call_second(executor, *args, **kwargs):
+        executor.class_obj = second.model.diffusion_model
+        return executor(*args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "second", call_second)
+    for plan in (dict(parallel=ParallelConfig("cpu,cpu")), dict(compile=CompileConfig())):
+        with pytest.raises(ValueError, match="a guider has two models"):
+            sample(engine.edit(model, **plan), text(7), **SMALL)
+
+
 def test_a_model_that_comfyui_keeps_on_the_gpu_leaves_it(models, monkeypatch):
     """--highvram; another name of the CPU stands for the GPU."""
     model = models(2).clone()
     monkeypatch.setattr(model, "offload_device", SimpleNamespace(type="cuda"))
     moves = []
     monkeypatch.setattr(model.model, "to", moves.append)
-    Proxy(model)
-    assert moves == ["cpu"]
+    for _ in range(2):  # ComfyUI may have loaded it again between two runs
+        _take_off(model)
+    assert moves.count("cpu") == 2
 
 
 def test_hunyuan_video_15(models):

@@ -53,6 +53,29 @@ def test_lora_before_is_merged_and_lora_after_works(clip):
     assert torch.equal(taken_off.encode(TEXT), without)
 
 
+def test_a_scheduled_lora_is_right_each_time(clip):
+    """ComfyUI must not keep the weights that a hook's LoRA gives, which have no scale, for its next turn."""
+    from comfy.hooks import create_hook_lora
+    from comfy_extras.nodes_hooks import SetClipHooks
+
+    name = "lora_te1_text_model_encoder_layers_3_mlp_fc1"
+    generator = torch.Generator().manual_seed(0)
+    lora = {
+        f"{name}.lora_up.weight": torch.randn(3072, 4, generator=generator) / 8,
+        f"{name}.lora_down.weight": torch.randn(4, 768, generator=generator) / 8,
+    }
+
+    def scheduled(clip):
+        return SetClipHooks().apply_hooks(clip, False, False, create_hook_lora(lora, 0.0, 1.0))[0]
+
+    stock, quantized = scheduled(clip), scheduled(fp8(clip))
+    expected = stock.encode(TEXT)
+    assert relative_error(clip.encode(TEXT), expected) > 0.2
+    first = quantized.encode(TEXT)
+    assert relative_error(first, expected) < 0.1
+    assert torch.equal(quantized.encode(TEXT), first)
+
+
 def test_two_results_of_the_node_do_not_share_weights(clip):
     first, second = fp8(with_lora(clip, 1.0, [LAYER])), fp8(with_lora(clip, -1.0, [LAYER]))
     one = first.encode(TEXT)
