@@ -33,7 +33,7 @@ def unload(patcher: ModelPatcher) -> None:
         memory.free_memory(1e30, entry.device, keep_loaded=[other for other in loaded if other is not entry])
 
 
-def only_for(network: nn.Module, wrapper: Callable, technique: str) -> Callable:
+def only_for(network: object, wrapper: Callable, technique: str) -> Callable:
     """A DIFFUSION_MODEL wrapper that refuses other networks: a guider with a second model calls that with the options
     of the first, wrappers included."""
 
