@@ -25,9 +25,9 @@ from .attention import AttentionHook, Selection, override
 from .cache import CacheHook, FirstBlockCache
 from .compilation import CompiledBlocks, compile_settings
 from .estimate import Load, advice
-from .models import OURS_KEY, BlockKey, find_stack
+from .models import BlockKey, find_stack
 from .parallel import Mesh, Sharding, delegated, visible_devices
-from .patchers import only_for, plain
+from .patchers import only_for, plain, refuse_multigpu
 from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
 from .quantization import quantized
 from .report import begin, note, publish, show
@@ -174,8 +174,7 @@ def _compiling(config: CompileConfig, guider) -> Iterator[None]:
     transformer_options = guider.model_options["transformer_options"]
     if transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(COMPILE_KEY):
         raise ValueError("TorchCompileModel and Skein's Compile cannot work on one model; remove one of them.")
-    if patcher.get_additional_models_with_key("multigpu"):
-        raise ValueError("Skein's Compile and ComfyUI's MultiGPU node cannot work on one model; remove one of them.")
+    refuse_multigpu(patcher, "Skein's Compile")
     if any(transformer_options.get("patches", {}).get(name) for name in ATTENTION_PATCHES):
         logger.warning(
             "Skein compile: another node's attention patch runs inside of the blocks, so they run uncompiled."
@@ -299,7 +298,7 @@ def _wrap_block(transformer_options: dict, key: BlockKey, wrapper: Callable, inn
             return other(args, {**extra, "original_block": lambda inner_args: wrapper(inner_args, original)})
         return wrapper(args, lambda inner_args: other(inner_args, extra))
 
-    vars(replacement)[OURS_KEY] = True
+    vars(replacement)[PLAN_KEY] = True  # tells it from another pack's
     replacements[key] = replacement
 
 

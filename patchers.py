@@ -1,4 +1,5 @@
-"""ModelPatchers over a second model: a run's own patcher, ComfyUI's books about what is loaded."""
+"""ModelPatchers over a second model: a run's own patcher, ComfyUI's books about what is loaded, which models a
+technique does not reach."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,12 @@ def only_for(network: object, wrapper: Callable, technique: str) -> Callable:
         return wrapper(execute, *args, **kwargs)
 
     return around
+
+
+def refuse_multigpu(patcher: ModelPatcher, technique: str) -> None:
+    """Raises ValueError if ComfyUI's MultiGPU node has made copies of the model, which a technique does not reach."""
+    if patcher.get_additional_models_with_key("multigpu"):
+        raise ValueError(f"{technique} and ComfyUI's MultiGPU node cannot work on one model; remove one of them.")
 
 
 def is_loaded(model: nn.Module) -> bool:

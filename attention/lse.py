@@ -9,8 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .kernels import Problem, flash3
-from .kernels.kernel import HALF_TYPES
+from .kernels import Problem
+from .kernels.flash3 import FLASH3, run_with_lse
+from .kernels.kernel import Kernel
+from .kernels.sdpa import FLASH2
 
 logger = logging.getLogger("skein")
 
@@ -22,38 +24,30 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, spare: int = 0) -> tuple
 
     spare: multiprocessors that a kernel which would take all to its end leaves to others.
     """
-    for label, (can, run) in KERNELS.items():
-        problem = label, q.device, q.dtype, q.shape[3]
-        if problem in _failed or not can(q):
+    problem = Problem.of(q)
+    for kernel, run in KERNELS:
+        case = kernel.label, problem.device, problem.dtype, problem.head_dim
+        if case in _failed or kernel.obstacle(problem) is not None:
             continue
         try:
             return run(q, k, v, spare)
         except torch.OutOfMemoryError:
             raise  # says nothing about what the kernel can do
-        except Exception as error:  # an old GPU, or a package built for another PyTorch
-            _failed.add(problem)
+        except Exception as error:  # its package may raise anything, where it was built for another PyTorch
+            _failed.add(case)
             why = str(error).partition("\n")[0]
-            logger.warning("Skein attention: %s failed in a ring and is not used there again (%s)", label, why)
+            logger.warning("Skein attention: %s failed in a ring and is not used there again (%s)", kernel.label, why)
     return _plain(q, k, v)
 
 
 def _flash2(q: Tensor, k: Tensor, v: Tensor, spare: int) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu":  # where PyTorch's kernel of that name is another operator
+        return _plain(q, k, v)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
     return out.transpose(1, 2), lse
 
 
-def _takes_flash3(q: Tensor) -> bool:
-    return flash3.FLASH3.obstacle(Problem.of(q)) is None
-
-
-def _takes_flash2(q: Tensor) -> bool:
-    return q.device.type == "cuda" and q.dtype in HALF_TYPES and q.shape[3] <= 256
-
-
-KERNELS: dict[str, tuple[Callable[[Tensor], bool], Callable]] = {  # label -> whether it takes such queries, how it runs
-    "FlashAttention-3": (_takes_flash3, flash3.run_with_lse),
-    "FlashAttention-2": (_takes_flash2, _flash2),
-}
+KERNELS: list[tuple[Kernel, Callable]] = [(FLASH3, run_with_lse), (FLASH2, _flash2)]  # the fastest first
 _failed: set[tuple] = set()  # label, device, type, head dim
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models import OURS_KEY, WARM_UP_KEY, call_options
+from ..models import WARM_UP_KEY, call_options
+from ..plan import PLAN_KEY
 from ..report import add
 from ..runs import Call, Run, finite
 from ..stopwatch import Stopwatch
@@ -137,7 +138,7 @@ def _conditions(options: dict) -> list[Hashable]:
     where context windows are in use, and the blocks that another pack has replaced for this call (Skip Layer Guidance).
     The same list means the same chunks in the same order."""
     blocks = options.get("patches_replace", {}).get("dit", {})
-    replaced = frozenset(key for key, function in blocks.items() if not hasattr(function, OURS_KEY))
+    replaced = frozenset(key for key, function in blocks.items() if not hasattr(function, PLAN_KEY))
     window = getattr(options.get("context_window"), "index_list", None)
     window = tuple(window) if window is not None else None
     return [(uuid, window, replaced) for uuid in options.get("uuids") or options.get("cond_or_uncond") or [None]]

@@ -5,7 +5,6 @@ from typing import Any
 
 Options = dict[str, Any]  # ComfyUI's transformer_options
 WARM_UP_KEY = "skein_warm_up"  # in the options of a call that is made only to compile: nothing in it counts
-OURS_KEY = "skein"  # on Skein's functions around blocks, in the options beside those of other packs
 
 
 def call_options(args: tuple, kwargs: dict) -> Options:

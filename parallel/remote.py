@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .. import live
 from ..estimate import Load, room_bytes
 from ..models import call_options, find_stack, share
-from ..patchers import clone_over, only_for, unload
+from ..patchers import clone_over, only_for, refuse_multigpu, unload
 from ..plan import PLAN_KEY, Plan
 from ..report import show
 from .group import Group, GroupError, Setting, group_for, release, running_group, visible_devices
@@ -293,8 +293,7 @@ def _is_json(value: object) -> bool:
 
 def _refuse_code(source: ModelPatcher, options: dict) -> None:
     """Raises ValueError if there is something on the model that only exists in this process."""
-    if source.get_additional_models_with_key("multigpu"):
-        raise ValueError("Context Parallel and ComfyUI's MultiGPU node cannot work on one model; remove one of them.")
+    refuse_multigpu(source, "Context Parallel")
     replaced = [name for name in source.object_patches if name.startswith("diffusion_model")]
     if replaced:
         raise ValueError(CODE.format(f"a replaced part of the model ({replaced[0]})"))

@@ -9,6 +9,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 from ..models import TEXT_ENCODER_KEEPS, find_stack
+from ..patchers import refuse_multigpu
 from ..plan import FP8Config
 from .linear import MULTIPLE, QuantizedLinear
 
@@ -97,8 +98,7 @@ def refuse_conflicts(patcher: ModelPatcher, layers: dict[str, str]) -> None:
     keys = {f"{name}.{part}" for name in layers for part in ("weight", "bias")}
     if any(keys.intersection(patches) for patches in patcher.hook_patches.values()):
         raise ValueError("A scheduled LoRA cannot change FP8 weights; load the LoRA with a LoRA node, or remove FP8.")
-    if patcher.get_additional_models_with_key("multigpu"):
-        raise ValueError("Skein's FP8 and ComfyUI's MultiGPU node cannot work on one model; remove one of them.")
+    refuse_multigpu(patcher, "Skein's FP8")
     if patcher.get_wrappers(WrappersMP.APPLY_MODEL, "torch.compile"):
         raise ValueError("TorchCompileModel compiles the model before it is FP8; remove it, or use Skein's Compile.")
     own = {patcher.model.get_submodule(path) for name in layers for path in _path_and_parents(name)}

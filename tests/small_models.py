@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+# What moves between two devices needs two. Beside each such test stands one where the CPU's memory is both.
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="moves weights off a GPU; SKEIN_DEVICES=0 lets it")
 
 # What makes a HunyuanVideo 1.5 of it.

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from skein.attention import attention_with_lse, lse
-from skein.attention.kernels.kernel import plain_attention
+from skein.attention.kernels import Problem
+from skein.attention.kernels.kernel import Kernel, plain_attention
 
 INPUTS = [torch.randn(1, 2, n, 64, generator=torch.Generator().manual_seed(n)) for n in (9, 17, 17)]
 
@@ -21,7 +22,11 @@ def tried(monkeypatch):
         calls.append(("second", spare))
         return lse._plain(q, k, v)
 
-    monkeypatch.setattr(lse, "KERNELS", {"one": (lambda q: True, first), "two": (lambda q: True, second)})
+    kernels = [
+        (Kernel(name, name, True, lambda problem: None, plain_attention), run)
+        for name, run in (("one", first), ("two", second))
+    ]
+    monkeypatch.setattr(lse, "KERNELS", kernels)
     monkeypatch.setattr(lse, "_failed", set())
     return calls
 
@@ -41,3 +46,14 @@ def test_full_memory_says_nothing_about_a_kernel(tried):
         with pytest.raises(torch.OutOfMemoryError):
             attention_with_lse(*INPUTS)
     assert tried[1:] == [("first", 0), ("first", 0)]
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True)])
+def test_flash_attention_2_is_not_asked_on_gpus_before_ampere(capability, runs, monkeypatch):
+    """Such GPUs cannot be here."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    problem = Problem(torch.device("cuda", 0), torch.float16, 24, 128, 1000)
+    assert [kernel.label for kernel, _ in lse.KERNELS if kernel.obstacle(problem) is None] == (
+        ["FlashAttention-2"] if runs else []
+    )

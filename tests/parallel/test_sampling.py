@@ -180,7 +180,7 @@ def test_a_guider_with_a_second_model_is_refused(models):
 
 
 def test_a_model_that_comfyui_keeps_on_the_gpu_leaves_it(models, monkeypatch):
-    """--highvram; another name of the CPU stands for the GPU."""
+    """--highvram, without a GPU: what is told to move is what is seen."""
     model = models(2).clone()
     monkeypatch.setattr(model, "offload_device", SimpleNamespace(type="cuda"))
     moves = []
