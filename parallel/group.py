@@ -197,7 +197,9 @@ class Group:
         environment["SKEIN_WORKER"] = json.dumps(told)
         command = [
             sys.executable, str(WORKER / "launch.py"), *setting.rendezvous(),
-            f"--nproc-per-node={len(setting.devices)}", "--max-restarts=0", str(WORKER / "bootstrap.py"),
+            f"--nproc-per-node={len(setting.devices)}", "--max-restarts=0",
+            f"--log-dir={os.devnull}",  # else torchrun leaves a folder at each start; this process reads the log
+            str(WORKER / "bootstrap.py"),
         ]  # fmt: skip
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

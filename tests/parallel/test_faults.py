@@ -44,12 +44,14 @@ def expected(model):
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left():
-    """After each test no worker is left."""
+def _nothing_left(tmp_path, monkeypatch):
+    """After each test no worker is left, and no file."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     yield
     pids = list(group._group.pids.values()) if group._group else []
     release()
     assert gone(pids), pids
+    assert not list(tmp_path.iterdir())
 
 
 def gone(pids, seconds=5.0):

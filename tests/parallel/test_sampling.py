@@ -3,6 +3,7 @@
 Ordered by group, because starting one takes seconds; within a group another checkpoint is loaded in place.
 """
 
+import functools
 import re
 from types import SimpleNamespace
 
@@ -54,10 +55,7 @@ def _no_workers_left():
 def models(tmp_path_factory):
     with torch.inference_mode():
         folder = tmp_path_factory.mktemp("checkpoints")
-        made = {}
-        return lambda heads, **changes: made.setdefault(
-            (heads, *changes.items()), random_model(folder, heads, **changes)
-        )
+        return functools.cache(functools.partial(random_model, folder))
 
 
 @pytest.fixture(scope="module", params=list(GROUPS))
