@@ -19,6 +19,7 @@ load_pack()
 
 import torch  # noqa: E402
 from skein.attention.kernels import KERNELS, Problem, plain_attention  # noqa: E402
+from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.timing import device_name, median_seconds  # noqa: E402
 
 CHECKED = 256
@@ -49,10 +50,10 @@ def measure(tokens: int, heads: int, head_dim: int) -> list[dict]:
         if obstacle is None:
             try:
                 seconds = median_seconds(lambda run=kernel.run: run(q, k, v), device, repeats=5)
-                error = (kernel.run(q, k, v)[:, :CHECKED].float() - expected).norm() / expected.norm()
+                error = relative_error(kernel.run(q, k, v)[:, :CHECKED], expected)
                 rows.append(
                     {"kernel": kernel.label, "ms": 1000 * seconds, "tflops": flops / seconds / 1e12,
-                     "error": float(error)}
+                     "error": error}
                 )  # fmt: skip
                 continue
             except Exception as problem:  # one kernel must not cost the others their figures

@@ -31,6 +31,7 @@ import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from skein import engine  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
+from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.bench.vae import random_vae  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
@@ -69,7 +70,7 @@ def decodes() -> list[dict]:
     }
     rows = []
     for name, run in ways.items():
-        error = float((run() - stock).norm() / stock.norm())
+        error = relative_error(run(), stock)
         rows.append({"plan": name, "error": error, "stock_is_back": torch.equal(vae.decode(latent), stock)})
         print(rows[-1], flush=True)
     return rows
@@ -92,7 +93,7 @@ def main() -> None:
         for name, plan in PLANS.items():
             out = sample(engine.edit(model, **vars(plan)), models.conditioning(60), **arguments)
             back = torch.equal(sample(model, models.conditioning(60), **arguments), stock)
-            error = float((out - stock).norm() / stock.norm())
+            error = relative_error(out, stock)
             rows.append({"plan": name, "error": error, "stock_is_back": back})
             print(rows[-1], flush=True)
         rows += decodes()

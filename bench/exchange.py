@@ -33,6 +33,7 @@ import torch.distributed as dist  # noqa: E402
 from skein.attention import Selection, attention_with_lse  # noqa: E402
 from skein.attention.kernels import plain_attention  # noqa: E402
 from skein.bench.attention import inputs  # noqa: E402
+from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.timing import device_name, median_seconds  # noqa: E402
 from skein.parallel.exchange import begin_exchange, finish, join  # noqa: E402
 from skein.parallel.mesh import Mesh, split  # noqa: E402
@@ -144,7 +145,7 @@ def measure(options: argparse.Namespace, device: str) -> dict:
 
 def largest_error(out: Tensor, expected: Tensor) -> float:
     """The relative difference, on the rank where it is largest."""
-    error = ((out - expected).norm() / expected.norm()).float()
+    error = torch.tensor(relative_error(out, expected), device=out.device)
     dist.all_reduce(error, dist.ReduceOp.MAX)
     return float(error)
 

@@ -33,6 +33,7 @@ import torch  # noqa: E402
 from skein import engine  # noqa: E402
 from skein.attributes import changed  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
+from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.bench.vae import random_vae  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
@@ -81,7 +82,7 @@ def sampling(model, device: str, small: bool) -> list[dict]:
         one, decisions = sampled(model, plan, size)
         with workers_on_one_card(world, device):
             many, theirs = sampled(model, {**plan, "parallel": ParallelConfig("all", ulysses)}, size)
-        error = float((many - one).norm() / one.norm())
+        error = relative_error(many, one)
         rows.append({"plan": name, "world": world, "ulysses": ulysses, "error": error})
         if decisions:
             rows[-1] |= {"reused": sum(theirs), "as_one": theirs == decisions}

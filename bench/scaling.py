@@ -34,6 +34,7 @@ import comfyui_version  # noqa: E402
 import torch  # noqa: E402
 from skein import engine  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
+from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
 from skein.parallel import group, release  # noqa: E402
@@ -116,7 +117,7 @@ def measure(model, name: str, degrees: tuple[int, int], world: int, arguments: d
         "over_one_process": alone["step_s"] / warm["step_s"],
         "others_over_one_process": alone["others_s"] / warm["others_s"],
         "exchange_share": [each / group._group.last_run["call_s"] for each in group._group.last_run["exchange_s"]],
-        "error_to_one_process": float((out - alone["out"]).norm() / alone["out"].norm()),
+        "error_to_one_process": relative_error(out, alone["out"]),
         **host_gib(list(group._group.pids.values())),
         "gpu_gib": gpu_gib(),
         "peak_gib": group._group.last_run["peak_bytes"] / 2**30,

@@ -32,6 +32,7 @@ import torch  # noqa: E402
 from skein import engine  # noqa: E402
 from skein.attributes import changed  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
+from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.one_card import workers_on_one_card  # noqa: E402
 from skein.bench.other_card.sitecustomize import CONTEXT, limited  # noqa: E402
 from skein.bench.scaling import host_gib  # noqa: E402
@@ -51,11 +52,6 @@ TEXT = 60
 def timed(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
     started = time.perf_counter()
     return run(), time.perf_counter() - started
-
-
-def apart(result: torch.Tensor, reference: torch.Tensor) -> float:
-    """Relative distance between two results."""
-    return float((result - reference).norm() / reference.norm())
 
 
 def peak_of_all() -> int:
@@ -104,13 +100,13 @@ def main() -> None:
             "finite": bool(out.isfinite().all()), "run_s": seconds, "tensors_gb": peaks["peak_bytes"] / 1e9,
             "peak_gb": (peaks["reserved_bytes"] + CONTEXT) / 1e9, "estimated_work_gb": estimate / 1e9, **host,
         }  # fmt: skip
-        row["error_of_second_run"] = apart(sampled(), out)
+        row["error_of_second_run"] = relative_error(sampled(), out)
         if options.world != 1:  # one worker's video is decoded by this process, which may have the whole GPU
             vae = random_vae("HunyuanVideo")
             _, row["decode_s"] = timed(lambda: decode(vae, out, DecodeConfig()))
             row["decode_tensors_gb"] = peak_of_all() / 1e9
         again, row["run_again_s"] = timed(sampled)
-        row["error_of_run_again"] = apart(again, out)
+        row["error_of_run_again"] = relative_error(again, out)
     print(
         json.dumps({
             "device": device_name(), "gb": options.gb, "world": options.world, **row,

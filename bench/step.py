@@ -29,6 +29,7 @@ import torch  # noqa: E402
 from skein import engine  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
 from skein.bench.attention import measure as measure_kernels  # noqa: E402
+from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.timing import Clock, ceilings, device_name  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
 from skein.plan import AttentionConfig, CompileConfig, FP8Config, Plan  # noqa: E402
@@ -180,7 +181,7 @@ def main() -> None:
                 continue
             output, reference = result.pop("output"), results[0]["output"] if results else None
             reference = output if reference is None else reference
-            result["error_to_stock"] = float((output - reference).norm() / reference.norm())
+            result["error_to_stock"] = relative_error(output, reference)
             result["x_stock"] = results[0]["step_s"] / result["step_s"] if results else 1.0
             result["tflops"] = flops / result["step_s"] / 1e12
             result["of_ceiling"] = result["tflops"] / best["matmul_tflops"] if best else None

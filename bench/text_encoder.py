@@ -23,6 +23,7 @@ import comfy.model_management as memory  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfyui_version  # noqa: E402
 import torch  # noqa: E402
+from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.timing import device_name, median_seconds  # noqa: E402
 from skein.quantization import quantize_text_encoder  # noqa: E402
 
@@ -88,7 +89,7 @@ def main() -> None:
         json.dumps({
             "device": device_name(), "comfyui": comfyui_version.__version__, "torch": torch.__version__,
             "random": "weights", "tokens": exact.shape[1], "stock": stock, "fp8": fp8,
-            "relative_error": float((rounded - exact).norm() / exact.norm()),
+            "relative_error": relative_error(rounded, exact),
         })
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""LoRAs put on as ComfyUI's LoRA nodes do, and how far a result is from another."""
+"""LoRAs put on as ComfyUI's LoRA nodes do."""
 
 import comfy.lora
 import comfy.utils
@@ -20,7 +20,3 @@ def with_lora(model, strength, keys, seed=0, scale=1 / 8, bias=False):
     clone = model.clone()
     assert len(clone.add_patches(patches, strength)) == len(keys) * (2 if bias else 1)
     return clone
-
-
-def relative_error(value, reference):
-    return float((value.float() - reference.float()).norm() / reference.float().norm())

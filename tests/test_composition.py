@@ -9,8 +9,9 @@ import itertools
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from loras import relative_error, with_lora
+from loras import with_lora
 from skein import engine
+from skein.bench.errors import relative_error
 from skein.demo.sampling import conditioning, sample
 from skein.models import call_options
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config

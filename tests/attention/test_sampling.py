@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from loras import relative_error
 from skein import engine
+from skein.bench.errors import relative_error
 from skein.demo.sampling import conditioning, sample
 from skein.plan import AttentionConfig, CacheConfig
 from small_models import HUNYUAN_VIDEO_15, around_the_text, random_hunyuan_video

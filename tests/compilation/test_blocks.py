@@ -8,8 +8,9 @@ import os
 import pytest
 import torch
 import torch._inductor.config as inductor
-from loras import relative_error, with_lora
+from loras import with_lora
 from skein import engine
+from skein.bench.errors import relative_error
 from skein.compilation.blocks import CompiledBlocks
 from skein.demo.sampling import sample
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig

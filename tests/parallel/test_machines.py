@@ -17,8 +17,8 @@ import psutil
 import pytest
 import torch
 from checkpoints import SMALL, random_model, text
-from loras import relative_error
 from skein import engine
+from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
 from skein.parallel import GroupError, group, release
 from skein.parallel.machines import ENDPOINT, NODES, machines

@@ -12,8 +12,8 @@ import pytest
 import torch
 from checkpoints import SMALL, random_model, text, with_lora
 from comfy.patcher_extension import WrappersMP
-from loras import relative_error
 from skein import engine, live
+from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
 from skein.parallel import GroupError, release
 from skein.parallel.group import running_group

@@ -9,9 +9,9 @@ import comfy.utils
 import pytest
 import torch
 from checkpoints import SMALL, random_model, text, with_lora
-from loras import relative_error
 from skein import engine
 from skein.attributes import changed
+from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
 from skein.models import share
 from skein.parallel import group, release

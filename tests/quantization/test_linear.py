@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from loras import relative_error
+from skein.bench.errors import relative_error
 from skein.quantization.linear import (
     FP8_MAX,
     QuantizedLinear,

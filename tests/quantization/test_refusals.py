@@ -8,9 +8,9 @@ import comfy.sd
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from loras import relative_error
 from safetensors.torch import save_file
 from skein import engine
+from skein.bench.errors import relative_error
 from skein.demo.sampling import conditioning, sample
 from skein.patchers import plain
 from skein.plan import FP8Config

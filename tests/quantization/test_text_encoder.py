@@ -4,7 +4,8 @@ import comfy.model_management
 import comfy.sd
 import pytest
 import torch
-from loras import relative_error, with_lora
+from loras import with_lora
+from skein.bench.errors import relative_error
 from skein.quantization import quantize_text_encoder as fp8
 from skein.quantization.linear import QuantizedLinear
 

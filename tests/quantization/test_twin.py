@@ -7,9 +7,10 @@ import comfy.model_management
 import comfy.utils
 import pytest
 import torch
-from loras import relative_error, with_lora
+from loras import with_lora
 from skein import engine
 from skein.attributes import changed
+from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
 from skein.plan import CacheConfig, CompileConfig, FP8Config
 from skein.quantization import run

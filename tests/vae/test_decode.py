@@ -12,8 +12,8 @@ import pytest
 import torch
 import vaes
 from checkpoints import SMALL, random_model, text
-from loras import relative_error
 from skein import engine
+from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
 from skein.nodes.vae import VAEDecodeNode
 from skein.parallel import GroupError, group, release
