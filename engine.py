@@ -27,6 +27,7 @@ from .compilation import CompiledBlocks, compile_settings
 from .estimate import Load, advice
 from .models import BlockKey, find_stack
 from .parallel import Mesh, Sharding, delegated, visible_devices
+from .parallel.machines import machines
 from .patchers import only_for, plain, refuse_multigpu
 from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
 from .quantization import quantized
@@ -75,7 +76,7 @@ def _warn_of_memory(plan: Plan, patcher: "ModelPatcher", latent: tuple[int, ...]
     if device.type != "cuda" or plan == Plan():
         return
     load = Load.of(find_stack(patcher.model.diffusion_model), latent, dtype.itemsize)
-    world = 1 if plan.parallel is None else len(visible_devices(plan.parallel.device_names))
+    world = 1 if plan.parallel is None else len(visible_devices(plan.parallel.device_names)) * machines()[0]
     text = advice(load, plan, memory.get_total_memory(device), world)
     if text:
         logger.warning("Skein: %s", text)
@@ -105,7 +106,7 @@ def applied(plan: Plan, guider, mesh: Mesh | None = None) -> Iterator[None]:
                 techniques.enter_context(delegated(plan, guider))
                 plan = Plan()
             if plan.fp8 is not None or plan.compile is not None:
-                techniques.enter_context(plain(guider))
+                techniques.enter_context(plain(guider, "FP8" if plan.fp8 else "Compile Blocks"))
             sharding = None if mesh is None or mesh.world == 1 else _sharding(mesh, guider)
             if plan.fp8 is not None:
                 techniques.enter_context(_quantizing(plan.fp8, guider))
@@ -186,11 +187,12 @@ def _compiling(config: CompileConfig, guider) -> Iterator[None]:
         config = replace(config, warm_up=False)  # other packs' code in the blocks may keep count of its calls
     blocks = CompiledBlocks(config, partial(show, config.node_id, about="compile"))
     keys = [f"diffusion_model.{name}" for name in stack.modules]
+    modules = [patcher.model.get_submodule(key) for key in keys]
     set_torch_compile_wrapper(_RunView(patcher, transformer_options), keys=keys, **compile_settings(config))
     around_model = only_for(patcher.model.diffusion_model, blocks.around_model, "Compile Blocks")
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, around_model, transformer_options)
-    for key in stack.keys:
-        _wrap_block(transformer_options, key, blocks.around_block(key), innermost=True)
+    for key, module in zip(stack.keys, modules):
+        _wrap_block(transformer_options, key, blocks.around_block(key, module), innermost=True)
     with blocks.settings(), _frozen(patcher.model.diffusion_model):
         yield
 

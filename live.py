@@ -146,6 +146,8 @@ def look(at_once: bool = False) -> None:
     if own is not None:
         _own.memory_used, _own.memory_total = own
     for process in _processes():
+        if process.state in (ENDED, FAILED):
+            continue
         used, process.utilisation = devices.load_of(torch.device(process.device))
         if used is not None:
             process.memory_used = used

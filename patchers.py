@@ -9,6 +9,8 @@ import comfy.model_management as memory
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
+from .models.share import LEFT, is_own_method
+
 PLAIN_KEY = "_skein_plain"  # on a model under dynamic VRAM: the patcher over the same model without it
 
 
@@ -52,22 +54,51 @@ def refuse_multigpu(patcher: ModelPatcher, technique: str) -> None:
         raise ValueError(f"{technique} and ComfyUI's MultiGPU node cannot work on one model; remove one of them.")
 
 
+def refuse_code(patcher: ModelPatcher, technique: str) -> None:
+    """Raises ValueError if another node's code holds the model itself: a second model in its place would be without
+    that, or its copy would run the first."""
+    if patcher.injections:
+        raise ValueError(
+            f"{technique} cannot work with layers that another node puts into the model while it samples (a LoRA in "
+            f"bypass mode, say); use an ordinary LoRA node, or remove {technique}."
+        )
+    put_on = {*patcher.object_patches_backup}  # what ComfyUI has of the object patches on the model now
+    own = {path: module for path, module in patcher.model.named_modules() if path not in put_on}
+    for path, module in own.items():
+        for name, value in vars(module).items():
+            known = name in LEFT or f"{path}.{name}".lstrip(".") in put_on or is_own_method(module, name, value)
+            if not known and callable(value) and callable(getattr(type(module), name, None)):
+                raise ValueError(
+                    f"Another node has put a {name} of its own on the model's {type(module).__name__}, with which "
+                    f"{technique} cannot work; remove one of them."
+                )
+    for path, value in patcher.object_patches.items():
+        held = value.modules() if isinstance(value, nn.Module) else [getattr(value, "__self__", None)]
+        if any(each is module for each in held for module in own.values()):
+            raise ValueError(
+                f"Another node has replaced {path} by what holds the model, with which {technique} cannot work; remove "
+                "one of them."
+            )
+
+
 def is_loaded(model: nn.Module) -> bool:
     """Whether ComfyUI has the model in its books."""
     return any(entry.model is not None and entry.model.model is model for entry in memory.current_loaded_models)
 
 
 @contextmanager
-def plain(guider) -> Iterator[None]:
+def plain(guider, technique: str) -> Iterator[None]:
     """Within: the guider's model without dynamic VRAM, which moves and patches weights inside layers of its own only.
 
-    ComfyUI loads the model a second time for it, once for all runs. Raises ValueError if the loader left no recipe.
+    ComfyUI loads the model a second time for it, once for all runs. Raises ValueError if the loader left no recipe, or
+    if other nodes' work on the model would be lost by it.
     """
     source = guider.model_patcher
     if not source.is_dynamic():
         yield
         return
     require_recipe(source)
+    refuse_code(source, technique)
     kept = vars(source.model)
     if PLAIN_KEY not in kept:
         root = kept[PLAIN_KEY] = source.clone(disable_dynamic=True)

@@ -48,7 +48,7 @@ def fitted_weights(signatures: Sequence[Tensor], signature: Tensor, total: Total
         return torch.ones(1, batch)
     target = (signature - newest).float()
     products = [torch.stack([_dot(a, b) for b in (*differences, target)]) for a in differences]
-    system = total(torch.stack(products)).permute(2, 0, 1).double().cpu()  # (B, N-1, N)
+    system = total(torch.stack(products)).permute(2, 0, 1).cpu().double()  # (B, N-1, N); not every device has float64
     gram, right = system[:, :, :-1], system[:, :, -1]
     diagonal = torch.diagonal(gram, dim1=1, dim2=2)
     floor = 1e-9 * diagonal.sum(dim=1, keepdim=True) + 1e-30  # equal signatures (difference zero) get no weight

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..attention import ROPE_KEY, override
 from ..models import WARM_UP_KEY, BlockKey, call_options
@@ -24,6 +25,11 @@ logger = logging.getLogger("skein")
 
 DYNAMIC = {"auto": None, "on": True, "off": False}
 RECOMPILE_LIMIT = 64  # graphs of one kind of block: sizes x batch sizes x types x FP8 modes, over a session
+
+PATCHED = (
+    "blocks that are not wholly on the GPU run uncompiled, because ComfyUI puts the LoRA on them in each call; FP8 "
+    "makes the model smaller and merges the LoRA"
+)
 
 Block = Callable[[dict], dict]
 
@@ -56,6 +62,7 @@ class CompiledBlocks:
         self.config = config
         self.say = say
         self.failed = False
+        self.patched = False  # whether a block has run as PATCHED says
         self._warm: set[tuple] = set()  # input shapes
 
     @contextmanager
@@ -95,12 +102,15 @@ class CompiledBlocks:
         started, graphs = time.perf_counter(), _graphs()
         run()
         made = _graphs() - graphs
-        if not self.failed:
+        if not self.failed and not self.patched:
             seconds = time.perf_counter() - started
             self.say(f"compiled {made} graphs in {seconds:.1f} s" if made else "compiled before")
 
-    def around_block(self, key: BlockKey) -> Callable[[dict, Block], dict]:
-        """A wrapper (args, block) for one block, with nothing of another pack's between it and the block."""
+    def around_block(self, key: BlockKey, module: nn.Module) -> Callable[[dict, Block], dict]:
+        """A wrapper (args, block) for one block, with nothing of another pack's between it and the block.
+
+        module: the block, as ComfyUI loads and patches it.
+        """
 
         def run(args: dict, block: Block) -> dict:
             warmed = args["transformer_options"].get(WARM_UP_KEY)
@@ -108,7 +118,7 @@ class CompiledBlocks:
                 if key[0] in warmed:
                     return {name: args[name] for name in ("img", "txt") if name in args}
                 warmed.add(key[0])
-            if not self.failed:
+            if not self.failed and not self._patches_as_it_runs(module):
                 try:
                     return self._run_compiled(key, args, block)
                 except Exception as error:
@@ -118,6 +128,18 @@ class CompiledBlocks:
                 return block(args)
 
         return run
+
+    def _patches_as_it_runs(self, module: nn.Module) -> bool:
+        """Whether ComfyUI puts a LoRA on layers of a block in each call, because they are not on the device. What it
+        does that with is another in each layer and would make another graph of each block."""
+        patches = any(
+            getattr(layer, name, None) for layer in module.modules() for name in ("weight_function", "bias_function")
+        )
+        if patches and not self.patched:
+            self.patched = True
+            logger.warning("Skein compile: %s", PATCHED)
+            self.say(PATCHED)
+        return patches
 
     def _run_compiled(self, key: BlockKey, args: dict, block: Block) -> dict:
         started, graphs = time.perf_counter(), _graphs()
@@ -152,11 +174,9 @@ class CompiledBlocks:
 
 
 def _compiler_errors() -> tuple[type[Exception], ...]:
-    errors: list[type[Exception]] = [torch._dynamo.exc.TorchDynamoException]
     inductor = getattr(getattr(torch, "_inductor", None), "exc", None)
-    if inductor is not None and hasattr(inductor, "InductorError"):
-        errors.append(inductor.InductorError)
-    return tuple(errors)
+    others = [getattr(inductor, "InductorError", None), getattr(torch._dynamo.exc, "FailOnRecompileLimitHit", None)]
+    return (torch._dynamo.exc.TorchDynamoException, *(error for error in others if error is not None))
 
 
 def _graphs() -> int:

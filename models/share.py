@@ -26,7 +26,7 @@ def share(module: nn.Module, seen: dict[int, object] | None = None) -> nn.Module
     copy = object.__new__(type(module))
     seen[id(module)] = copy
     for name, value in vars(module).items():
-        if name not in LEFT and not name.startswith(OURS):
+        if name not in LEFT and not name.startswith(OURS) and not is_own_method(module, name, value):
             vars(copy)[name] = value.copy() if isinstance(value, (dict, list, set)) else value
     for name, parameter in module._parameters.items():
         copy._parameters[name] = _same_storage(parameter, seen)
@@ -37,6 +37,13 @@ def share(module: nn.Module, seen: dict[int, object] | None = None) -> nn.Module
     if "current_patcher" in vars(copy):
         vars(copy)["current_patcher"] = None
     return copy
+
+
+def is_own_method(module: nn.Module, name: str, value: object) -> bool:
+    """Whether an attribute of a module is but its class's method: ComfyUI leaves it there when it takes an object patch
+    off that method."""
+    bound_to, function = getattr(value, "__self__", None), getattr(value, "__func__", None)
+    return bound_to is module and function is not None and function is getattr(type(module), name, None)
 
 
 def _same_storage(tensor: Tensor | None, seen: dict):

@@ -41,7 +41,7 @@ def new_group(ranks: list[int], timeout: timedelta, beside_kernels: bool) -> Any
     return dist.new_group(ranks, timeout=timeout, pg_options=options)
 
 
-def begin_exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: Any = None) -> list[dist.Work]:
+def begin_exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: Any = None) -> "list[dist.Work]":
     """Begin to send a tensor to each rank of a group, and to receive one from each in place. What is returned is to be
     waited for, on the device's stream (finish).
 
@@ -62,7 +62,7 @@ def begin_exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: An
     return dist.batch_isend_irecv(operations) if operations else []
 
 
-def finish(works: Sequence[dist.Work]) -> None:
+def finish(works: "Sequence[dist.Work]") -> None:
     """Have the device's stream, or the CPU, wait for exchanges."""
     for work in works:
         work.wait()

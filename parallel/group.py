@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import socket
 import subprocess
 import sys
 import threading
@@ -91,7 +92,7 @@ class Group:
     """Running workers. Not for several threads at once."""
 
     def __init__(self, setting: Setting, check_interrupt: Callable[[], None]):
-        """Start the workers and wait until all are ready. Raises GroupError, and what check_interrupt raises."""
+        """Start the workers; await_ready is next."""
         self.setting = setting
         self.closed = False
         self.model: Any = None  # what the workers have loaded, and the patches on it: for the caller to note
@@ -109,15 +110,25 @@ class Group:
         key = os.urandom(32)
         live.workers_started(setting.devices)
         self._listener = Listener(("127.0.0.1", 0), backlog=64, authkey=key)
+        self._address = self._listener.address
         self._process = self._launch(key)
         atexit.register(self.close)
         threading.Thread(target=self._read_log, daemon=True).start()
         threading.Thread(target=self._accept, daemon=True).start()
-        try:
-            self._await_ready()
-        except BaseException:
-            self.close()
-            raise
+
+    def await_ready(self) -> None:
+        """Wait until all workers are ready. Raises GroupError, and what check_interrupt raises."""
+        deadline, doing = time.monotonic() + START_SECONDS, "starting"
+        if self.setting.nodes > 1:
+            doing = f"waiting for {self.setting.nodes - 1} more machines to join at {self.setting.endpoint}"
+            logger.info("Skein workers: %s", doing)
+        ready: set[int] = set()
+        while len(ready) < len(self.setting.devices):
+            kind, value, rank = self._next_message(deadline, doing)
+            if kind == "ready":
+                ready.add(rank)
+                self.pids[rank] = value["pid"]
+                live.workers_changed(rank, pid=value["pid"])
         live.workers_changed(state=live.READY)
 
     def ask(self, kind: str, value: dict, seconds: float) -> Any:
@@ -167,11 +178,9 @@ class Group:
         atexit.unregister(self.close)
         with suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
-        with suppress(OSError):
-            self._listener.close()
+        self._stop_listening()
         for channel in self._channels.values():
-            with suppress(OSError):
-                channel.connection.close()
+            channel.close()
         try:
             self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -188,7 +197,7 @@ class Group:
             "devices": setting.devices,
             "degrees": setting.degrees,
             "options": json.loads(setting.options),
-            "address": self._listener.address,
+            "address": self._address,
             "key": key.hex(),
         }
         environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
@@ -217,7 +226,7 @@ class Group:
     def _accept(self) -> None:
         from multiprocessing import AuthenticationError
 
-        while not self.closed:
+        while not self.closed and len(self._channels) < len(self.setting.devices):
             try:
                 channel = Channel(self._listener.accept())
                 _, hello = channel.receive()
@@ -227,18 +236,12 @@ class Group:
             except OSError:
                 return  # closed
 
-    def _await_ready(self) -> None:
-        deadline, doing = time.monotonic() + START_SECONDS, "starting"
-        if self.setting.nodes > 1:
-            doing = f"waiting for {self.setting.nodes - 1} more machines to join at {self.setting.endpoint}"
-            logger.info("Skein workers: %s", doing)
-        ready: set[int] = set()
-        while len(ready) < len(self.setting.devices):
-            kind, value, rank = self._next_message(deadline, doing)
-            if kind == "ready":
-                ready.add(rank)
-                self.pids[rank] = value["pid"]
-                live.workers_changed(rank, pid=value["pid"])
+    def _stop_listening(self) -> None:
+        """End _accept, which would hold this object for ever: closing what it listens at does not wake it."""
+        with suppress(OSError):
+            socket.create_connection(self._address, END_SECONDS).close()
+        with suppress(OSError):
+            self._listener.close()
 
     def _answer(self, seconds: float, progress: Callable[[int], None] = lambda amount: None) -> dict[int, Any]:
         deadline, answers = time.monotonic() + seconds, self._answers
@@ -320,11 +323,12 @@ class Group:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process runs, on Linux: one that has ended may wait for its parent to ask."""
+    """Whether a process has a thread that runs, on Linux. One that has ended may wait for its parent to ask."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+        states = [stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except OSError:  # between two looks
+        return Path(f"/proc/{pid}").exists()
+    return any(state not in "ZX" for state in states)
 
 
 _group: Group | None = None  # one at a time: it may fill every GPU
@@ -333,27 +337,35 @@ _group: Group | None = None  # one at a time: it may fill every GPU
 def group_for(setting: Setting, check_interrupt: Callable[[], None]) -> Group:
     """Running workers of this setting: those there are, or new ones in the place of any others."""
     global _group
-    if _group is not None and not _group.alive:
+    group = _group  # another thread may release it
+    if group is not None and not group.alive:
         logger.warning("Skein workers: they have ended since the last run; starting new ones.")
-    if _group is not None and not (_group.alive and _group.setting == setting):
+    if group is not None and group.alive and group.setting == setting:
+        return group
+    release()
+    _group = group = Group(setting, check_interrupt)
+    try:
+        group.await_ready()
+    except BaseException:
         release()
-    if _group is None:
-        _group = Group(setting, check_interrupt)
-    return _group
+        raise
+    return group
 
 
 def running_group(devices: Sequence[str] | None = None) -> Group | None:
     """The workers that run now, on these devices (None: any)."""
-    there = _group is not None and _group.alive and (devices is None or _group.setting.devices == tuple(devices))
-    return _group if there else None
+    group = _group  # another thread may release it
+    there = group is not None and group.alive and (devices is None or group.setting.devices == tuple(devices))
+    return group if there else None
 
 
 def release(holder: object = None) -> bool:
     """End the workers, if there are any and they have the holder's model (None: anybody's); whether it was so."""
     global _group
-    if _group is None or (holder is not None and _group.holder is not holder):
+    group = _group
+    if group is None or (holder is not None and group.holder is not holder):
         return False
-    group, _group = _group, None
+    _group = None
     group.close()
     return True
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 VERSION = 1
 OPTIONS = "transformer_options"  # the value that stands for them among a call's arguments
-EVERYBODY = ("end", "decode_strip", "decode_tile", "room", "make_room")  # questions that every rank answers
+EVERYBODY = ("begin", "end", "decode_strip", "decode_tile", "room", "make_room")  # questions that every rank answers
 ALIGNMENT = 64  # bytes: where tensors start
 
 Spec = tuple[int, tuple[int, ...], str]  # of a tensor: first byte, shape, type

@@ -76,7 +76,7 @@ def export_patches(patcher: "ModelPatcher") -> Patches:
 
 
 def import_patches(patches: Patches) -> Patches:
-    """What export_patches() was given, in a worker; the tensors are copies."""
+    """What export_patches() was given, in a worker; the tensors are copies on the CPU, where ComfyUI has them too."""
     return {
         key: [(strength, _import(value), *rest) for strength, value, *rest in several]
         for key, several in patches.items()
@@ -100,4 +100,4 @@ def _copied(value: Any) -> Any:
     """The tensors of a message lie in memory that the next message overwrites."""
     if isinstance(value, (list, tuple)):
         return type(value)(_copied(item) for item in value)
-    return value.clone() if hasattr(value, "clone") else value
+    return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value

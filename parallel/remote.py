@@ -1,6 +1,6 @@
 """A model in the workers, seen from ComfyUI's process: a proxy takes its place, and its calls go out.
 
-The proxy is a second model without weights (its tensors are on the meta device): ComfyUI's sampling code finds
+The proxy is a second model without weights (its tensors have a shape and no memory): ComfyUI's sampling code finds
 everything that it asks of a model, loads nothing and moves nothing. When ComfyUI unloads it, the workers end;
 when ComfyUI asks for some of its memory, they give that and stay.
 """
@@ -9,7 +9,7 @@ import inspect
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .. import live
 from ..estimate import Load, room_bytes
 from ..models import call_options, find_stack, share
-from ..patchers import clone_over, only_for, refuse_multigpu, unload
+from ..patchers import clone_over, only_for, refuse_code, refuse_multigpu, unload
 from ..plan import PLAN_KEY, Plan
 from ..report import show
 from .group import Group, GroupError, Setting, group_for, release, running_group, visible_devices
@@ -56,8 +56,8 @@ def delegated(plan: Plan, guider) -> Iterator[None]:
     guider.model_patcher = proxy.patcher(source)
     try:
         group = _ready(setting, recipe, proxy, source, plan)
-        _begin(group, source, plan)
-        caller = _Caller(group, plan, source.load_device)
+        _begin(group, proxy, source, plan)
+        caller = _Caller(group, proxy, source.load_device)
         options = guider.model_options["transformer_options"]
         wrapper = only_for(proxy.model.diffusion_model, caller, "Context Parallel")
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, wrapper, options)
@@ -76,7 +76,7 @@ def _ready(setting: Setting, recipe: dict, proxy: "Proxy", source: ModelPatcher,
     """Workers with the model loaded."""
     started = time.perf_counter()
     group = group_for(setting, memory.throw_exception_if_processing_interrupted)
-    if group.model != recipe or not group.resident:
+    if shares(group, source.load_device) and (group.model != recipe or not group.resident):
         clear_own(source.load_device)
     if group.model != recipe:
         assert plan.parallel is not None
@@ -90,31 +90,38 @@ def _ready(setting: Setting, recipe: dict, proxy: "Proxy", source: ModelPatcher,
     return group
 
 
+def shares(group: Group, device: torch.device) -> bool:
+    """Whether a device of this process is a worker's too."""
+    return (str(device.index or 0) if device.type == "cuda" else device.type) in group.setting.devices
+
+
 def clear_own(device: torch.device, need: float = 1e30) -> None:
     """Unload what this process has on a device, all or until so many bytes are free, so that workers have room."""
     memory.soft_empty_cache()  # what ComfyUI counts as free there, but no other process can have
     loaded = [entry for entry in memory.current_loaded_models if entry.model is not None]
-    proxies = [entry for entry in loaded if _is_proxy(entry.model.model)]  # their unloading ends workers
+    proxies = [entry for entry in loaded if is_proxy(entry.model.model)]  # their unloading ends workers
     memory.free_memory(need, device, keep_loaded=proxies)
 
 
-def _begin(group: Group, source: ModelPatcher, plan: Plan) -> None:
-    """Tell the workers of the plan, and of the patches if they have changed."""
+def _begin(group: Group, proxy: "Proxy", source: ModelPatcher, plan: Plan) -> None:
+    """Tell the workers of the plan, and of the patches if they have changed; and the proxy of their memory."""
     changed = group.patches != source.patches_uuid
     patches = export_patches(source) if changed else None
     group.patches = None
     question = {"plan": asdict(plan), "patches": patches, "dtype": inference_type(source)}
-    group.ask("begin", question, BEGIN_SECONDS)
+    told = group.ask_all("begin", question, BEGIN_SECONDS)
     group.patches = source.patches_uuid
+    proxy.size = max(each["weights"] for each in told.values())
+    proxy.spare = min(each["spare"] for each in told.values())
+    proxy.plan, proxy.world = plan, len(group.setting.devices)
     group.resident = True
 
 
 class _Caller:
     """DIFFUSION_MODEL wrapper: the workers run the call."""
 
-    def __init__(self, group: Group, plan: Plan, own: torch.device):
-        self.group = group
-        self.plan, self.own = plan, own  # own: this process's device, which may be a worker's too
+    def __init__(self, group: Group, proxy: "Proxy", own: torch.device):
+        self.group, self.proxy, self.own = group, proxy, own  # own: this process's device
         self.calls = 0
         self.seconds = 0.0
 
@@ -125,9 +132,8 @@ class _Caller:
         if given.get("control") is not None:
             raise ValueError(CODE.format("a ControlNet"))
         sample = next(value for value in args if isinstance(value, Tensor))
-        if not self.calls:
-            load = Load.of(find_stack(execute.class_obj), sample.shape, sample.element_size())  # type: ignore[attr-defined]
-            clear_own(self.own, room_bytes(load, self.plan, len(self.group.setting.devices)))
+        if not self.calls and shares(self.group, self.own):
+            clear_own(self.own, self.proxy.need(sample.shape))
         options = call_options(args, kwargs)
         message = {
             "args": [OPTIONS if value is options else value for value in args],
@@ -179,15 +185,20 @@ def _plain(options: dict) -> dict:
 
 
 class Proxy:
-    """A second model without weights in the place of one that is in the workers. Holds ComfyUI's books about it."""
+    """A second model without weights in the place of one that is in the workers. Holds ComfyUI's books about it.
+
+    size: bytes of the weights on each device. spare: bytes that can be free beside them on the fullest.
+    """
 
     def __init__(self, source: ModelPatcher):
         unload(source)
-        self.size = memory.module_size(source.model)
-        self.model = share(source.model)
+        self.size, self.spare = memory.module_size(source.model), 0.0
+        self.plan, self.world = Plan(), 1
+        self.model: Any = share(source.model)
         _empty(self.model.diffusion_model)
         vars(self.model)[PROXY_KEY] = self
-        vars(self.model)["memory_required"] = lambda *args, **kwargs: 0
+        # By these ComfyUI decides whether the conditionings of a step go into one call.
+        vars(self.model)["memory_required"] = lambda input_shape, *args, **kwargs: self.need(input_shape)
         self.root = ModelPatcher(self.model, source.load_device, source.offload_device, size=1)
         self._watch(self.root)
 
@@ -198,9 +209,15 @@ class Proxy:
         self._watch(patcher)
         return patcher
 
+    def need(self, latent: Sequence[int]) -> float:
+        """Bytes that each worker wants free for a call with a latent of this shape."""
+        load = Load.of(find_stack(self.model.diffusion_model), latent, self.model.get_dtype_inference().itemsize)
+        return room_bytes(load, self.plan, self.world)
+
     def _watch(self, patcher: ModelPatcher) -> None:
         patcher.add_callback_with_key(CallbacksMP.ON_DETACH, PLAN_KEY, self._detached)
         vars(patcher)["loaded_size"], vars(patcher)["partially_unload"] = self._held, self._give
+        vars(patcher)["get_free_memory"] = lambda device: self.spare
 
     def _held(self) -> int:
         """Bytes that ComfyUI may ask for without ending the workers: what they have of the model on the device."""
@@ -208,12 +225,15 @@ class Proxy:
         idle = group is not None and group.holder is self and group.resident and not live.workers_are_busy()
         return self.size if idle else 0
 
-    def _give(self, _device: Any, _bytes: float, *_rest: Any, **_options: Any) -> int:
-        """ComfyUI needs some of the device's memory: the workers give theirs, and load again when they sample.
+    def _give(self, _device: Any, wanted: float, *_rest: Any, **_options: Any) -> float:
+        """ComfyUI needs some of its device's memory: workers give theirs, and load again when they sample.
 
-        Raises nothing: ComfyUI is in the middle of its books. It ends workers that give nothing.
+        Raises nothing: ComfyUI is in the middle of its books. It ends workers that give too little; so those on other
+        devices, which have nothing to give, are said to have given what is wanted.
         """
         group = running_group()
+        if group is not None and not shares(group, self.root.load_device):
+            return wanted
         try:
             return group.give_room() if group is not None else 0
         except memory.InterruptProcessingException:
@@ -223,8 +243,11 @@ class Proxy:
         return 0
 
     def _detached(self, _patcher: ModelPatcher, unpatch_all: bool) -> None:
-        """ComfyUI has unloaded the model: for memory, or because somebody asked for it."""
-        if unpatch_all:
+        """ComfyUI has unloaded the model: because somebody asked for it, for memory, or as it always does with
+        --disable-smart-memory, when the next model is loaded."""
+        if unpatch_all and memory.DISABLE_SMART_MEMORY:
+            self._give(None, 0)
+        elif unpatch_all:
             release(holder=self)
 
 
@@ -236,7 +259,7 @@ def _take_off(source: ModelPatcher) -> None:
         source.model.device = torch.device("cpu")
 
 
-def _is_proxy(model: Any) -> bool:
+def is_proxy(model: Any) -> bool:
     return PROXY_KEY in vars(model) and vars(model)[PROXY_KEY].model is model
 
 
@@ -252,14 +275,15 @@ def _empty(network: Any) -> None:
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(_on_meta(parameter), requires_grad=False)
+                module._parameters[name] = nn.Parameter(_hollow(parameter), requires_grad=False)
         for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else _on_meta(buffer)
+            module._buffers[name] = None if buffer is None else _hollow(buffer)
         vars(module)["_apply"] = lambda function, recurse=True, module=module: module
 
 
-def _on_meta(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+def _hollow(tensor: Tensor) -> Tensor:
+    """One value over and over. Not on the meta device: ComfyUI fills what is there with zeros when it loads a model."""
+    return torch.empty((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 def _setting(plan: Plan, source: ModelPatcher) -> Setting:
@@ -274,7 +298,8 @@ def _setting(plan: Plan, source: ModelPatcher) -> Setting:
 
 def worker_setting(devices: tuple[str, ...], degrees: tuple[int, int], nodes: int = 1, endpoint: str = "") -> Setting:
     """Workers with the options of ComfyUI's own process. Raises ValueError where there can be none."""
-    if "cpu" not in devices and not torch.distributed.is_nccl_available():
+    together = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+    if "cpu" not in devices and not together:
         raise ValueError(
             "Workers on GPUs need NCCL, which PyTorch has on Linux; remove Context Parallel here, or name one device "
             "in VAE Decode's devices."
@@ -294,11 +319,12 @@ def _is_json(value: object) -> bool:
 def _refuse_code(source: ModelPatcher, options: dict) -> None:
     """Raises ValueError if there is something on the model that only exists in this process."""
     refuse_multigpu(source, "Context Parallel")
+    refuse_code(source, "Context Parallel")
     replaced = [name for name in source.object_patches if name.startswith("diffusion_model")]
     if replaced:
         raise ValueError(CODE.format(f"a replaced part of the model ({replaced[0]})"))
-    if source.weight_wrapper_patches or source.injections or source.hook_patches:
-        raise ValueError(CODE.format("hooks or injected layers"))
+    if source.weight_wrapper_patches or source.hook_patches:
+        raise ValueError(CODE.format("hooks"))
     if options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(COMPILE_KEY):
         raise ValueError(
             "TorchCompileModel cannot work with Context Parallel; use Skein's Compile Blocks in its place."

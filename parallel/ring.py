@@ -49,7 +49,7 @@ def merge(out: Tensor | None, lse: Tensor | None, other: Tensor, other_lse: Tens
     return out, torch.logaddexp(lse, other_lse)
 
 
-def _pass_on(send: Tensor, receive: Tensor, arrangement: Arrangement) -> list[dist.Work]:
+def _pass_on(send: Tensor, receive: Tensor, arrangement: Arrangement) -> "list[dist.Work]":
     """Begin to pass a tensor on to the next rank of the ring, and to receive one from the one before."""
     rank, size = arrangement.ring_rank, arrangement.ring_size
     sent, received = ([send.new_empty(0)] * size for _ in range(2))

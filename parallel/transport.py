@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,12 @@ class Channel:
             self.connection.send_bytes(encode("mapped", None))
             return self.receive_raw()
         return message, self._blob[: size_of(message)]
+
+    def close(self) -> None:
+        """Hang up, and let go of the shared memory."""
+        with suppress(OSError):
+            self.connection.close()
+        self._blob = self._blob[:0].clone()
 
     def _require(self, size: int) -> None:
         """Shared memory of at least so many bytes, mapped by both sides."""

@@ -69,7 +69,7 @@ class Ulysses:
         """The text's rows of (T + S, ...), and each rank's."""
         return rows.split([self.text, *self.tokens])
 
-    def _begin(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> list[dist.Work]:
+    def _begin(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> "list[dist.Work]":
         """Begin to exchange tensors with each other rank; those of this rank itself stay where they are."""
         nothing = received[self.rank].new_empty(0)
         others = [rank != self.rank for rank in range(len(self.heads))]

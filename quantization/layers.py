@@ -8,8 +8,9 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import nn
 
+from ..float8 import FP8
 from ..models import TEXT_ENCODER_KEEPS, find_stack
-from ..patchers import refuse_multigpu
+from ..patchers import refuse_code, refuse_multigpu
 from ..plan import FP8Config
 from .linear import MULTIPLE, QuantizedLinear
 
@@ -26,6 +27,14 @@ def require_torchao() -> None:
         import torchao.quantization  # noqa: F401
     except ImportError as error:
         raise ValueError(MISSING) from error
+
+
+def require_float8(device: torch.device) -> None:
+    """Raises ValueError if a device has no type of 8-bit floats."""
+    try:
+        torch.empty(1, dtype=FP8, device=device)
+    except TypeError as error:
+        raise ValueError(f"FP8 cannot be kept on this device ({device}); remove FP8 (Skein).") from error
 
 
 @cache
@@ -101,15 +110,7 @@ def refuse_conflicts(patcher: ModelPatcher, layers: dict[str, str]) -> None:
     refuse_multigpu(patcher, "Skein's FP8")
     if patcher.get_wrappers(WrappersMP.APPLY_MODEL, "torch.compile"):
         raise ValueError("TorchCompileModel compiles the model before it is FP8; remove it, or use Skein's Compile.")
-    own = {patcher.model.get_submodule(path) for name in layers for path in _path_and_parents(name)}
-    for path, value in patcher.object_patches.items():
-        inside = any(path == name or path.startswith(f"{name}.") or name.startswith(f"{path}.") for name in layers)
-        held = value.modules() if isinstance(value, nn.Module) else [getattr(value, "__self__", None)]
-        if inside or any(module in own for module in held):
+    refuse_code(patcher, "FP8")
+    for path in patcher.object_patches:
+        if any(path == name or path.startswith(f"{name}.") or name.startswith(f"{path}.") for name in layers):
             raise ValueError(f"Another node has replaced {path}, which FP8 would replace too; remove one of them.")
-
-
-def _path_and_parents(name: str) -> list[str]:
-    """ "a.b.c" -> "", "a", "a.b", "a.b.c"."""
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(len(parts) + 1)]

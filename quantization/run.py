@@ -9,7 +9,15 @@ from comfy.model_patcher import ModelPatcher
 from ..patchers import is_loaded
 from ..plan import FP8Config
 from ..report import show
-from .layers import OLD_GPU, SCALED, block_layers, refuse_conflicts, require_torchao, supported_mode
+from .layers import (
+    OLD_GPU,
+    SCALED,
+    block_layers,
+    refuse_conflicts,
+    require_float8,
+    require_torchao,
+    supported_mode,
+)
 from .twin import Twin
 
 logger = logging.getLogger("skein")
@@ -24,6 +32,7 @@ def quantized(source: ModelPatcher, config: FP8Config) -> Iterator[ModelPatcher]
     """
     require_torchao()
     device = source.load_device
+    require_float8(device)
     mode = supported_mode(config.mode, device)
     notes = [OLD_GPU.format(mode)] if mode != config.mode else []
     layers = block_layers(source.model, config, mode)

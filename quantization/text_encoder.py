@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from ..patchers import require_recipe
 from ..report import show
-from .layers import SCALED, require_torchao, text_layers
+from .layers import SCALED, require_float8, require_torchao, text_layers
 from .run import describe
 from .twin import Twin
 
@@ -23,6 +23,7 @@ def quantize_text_encoder(clip: "CLIP", node_id: str | None = None) -> "CLIP":
     loader's recipe where dynamic VRAM needs it.
     """
     require_torchao()
+    require_float8(clip.patcher.load_device)
     require_recipe(clip.patcher)
     source = clip.patcher.clone(disable_dynamic=True)
     layers = text_layers(source.model)

@@ -40,13 +40,23 @@ NODES = [
 ]
 
 
+def load(script):
+    command = [sys.executable, "-c", script, os.environ["COMFYUI_PATH"], str(ROOT)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
 def test_the_entry_point_lists_the_nodes_and_imports_fast():
-    command = [sys.executable, "-c", LOAD, os.environ["COMFYUI_PATH"], str(ROOT)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    loaded = json.loads(result.stdout.splitlines()[-1])
+    loaded = load(LOAD)
     assert loaded["nodes"] == NODES  # the public surface: a change here is a change for every saved workflow
     assert not loaded["mappings"]  # beside an entry point they would silently win
     assert loaded["seconds"] < 0.5
+
+
+def test_the_nodes_are_there_where_pytorch_has_no_distributed_package():
+    """As in the builds for AMD on Windows: torch.distributed then says that it is not available, and little more."""
+    without = "sys.modules['torch.distributed'] = torch.distributed = type(sys)('torch.distributed')\n"
+    without += "torch.distributed.is_available = lambda: False\n"
+    assert load(LOAD.replace("started = ", f"{without}started = ", 1))["nodes"] == NODES
 
 
 def test_every_node_has_a_help_page():

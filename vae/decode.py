@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..attributes import changed
 from ..parallel.group import running_group, visible_devices
+from ..parallel.machines import machines
+from ..parallel.remote import shares
 from ..plan import DecodeConfig
 from ..report import show
 from . import remote
@@ -45,10 +47,10 @@ def decode(vae: Any, latent: Tensor, config: DecodeConfig) -> Tensor:
 
 def _devices(vae: Any, config: DecodeConfig) -> tuple[str, ...] | None:
     """The workers' devices; None for ComfyUI's own process. Raises ValueError on what there is not."""
-    names, group = config.device_names, running_group()
+    names = config.device_names
     own = str(vae.device.index or 0) if vae.device.type == "cuda" else vae.device.type
     if names == ["all"]:
-        devices = _all_devices() if group is None or len(group.setting.devices) == 1 else group.setting.devices
+        devices = _together()
         return devices if len(devices) > 1 and _fit(vae, devices) else None
     if names == [own]:
         return None
@@ -58,8 +60,13 @@ def _devices(vae: Any, config: DecodeConfig) -> tuple[str, ...] | None:
     return devices
 
 
-def _all_devices() -> tuple[str, ...]:
-    """The GPUs that can work together."""
+def _together() -> tuple[str, ...]:
+    """The devices of the workers that run, whom others would end; else all GPUs, where they can work together."""
+    group = running_group()
+    if machines()[0] > 1:
+        return ()
+    if group is not None:
+        return group.setting.devices
     found = torch.cuda.is_available() and torch.distributed.is_available() and torch.distributed.is_nccl_available()
     return visible_devices(["all"]) if found else ()
 
@@ -171,7 +178,7 @@ def _counting_tiles(vae: Any, latent: Tensor, tiling: Tiling):
 def _take_room(device: torch.device) -> None:
     """Have the workers on this device give its memory back; they stay, and load again when they sample."""
     group = running_group()
-    if group is not None and device.type == "cuda" and str(device.index or 0) in group.setting.devices:
+    if group is not None and device.type == "cuda" and shares(group, device):
         group.give_room()
 
 

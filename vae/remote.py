@@ -14,7 +14,7 @@ from .. import live
 from ..parallel.group import Group, group_for, running_group
 from ..parallel.machines import machines
 from ..parallel.mesh import split
-from ..parallel.remote import CALL_SECONDS, LOAD_SECONDS, clear_own, worker_setting
+from ..parallel.remote import CALL_SECONDS, LOAD_SECONDS, clear_own, shares, worker_setting
 from .estimate import tile_bytes
 from .strip import longer_side
 from .tiles import Tiling, blended, tiles_of
@@ -46,7 +46,7 @@ def room(group: Group, need: int, own: torch.device) -> int:
         return min(answer["free"] for answer in group.ask_all("room", {}, CALL_SECONDS).values())
 
     free = least()
-    if free < need and str(own.index or 0) in group.setting.devices:
+    if free < need and shares(group, own):
         clear_own(own)
         free = least()
     return free

@@ -50,21 +50,27 @@ def serve(settings: dict) -> None:
         mail: Any = dist.new_group(backend="gloo", timeout=FOREVER)
         if channel:
             channel.send("ready", {"pid": os.getpid()})
-        answer_questions(Worker(mesh), channel, mail)
+        report.deliver_to(channel.send if channel and mesh.rank == 0 else lambda kind, data: None)
+        worker = Worker(mesh)
+        while True:
+            if answer_question(worker, channel, mail) == "decode_strip":
+                memory.soft_empty_cache()  # the strip itself: ComfyUI's process could not ask for it
 
 
-def answer_questions(worker: Worker, channel: Channel | None, mail: Any) -> None:
-    """Do what the messages say, on every rank alike. mail: a group for what is not on the device."""
+def answer_question(worker: Worker, channel: Channel | None, mail: Any) -> str:
+    """Do what the next message says, on every rank alike; its kind. Nothing of it or of the answer is held afterwards.
+
+    mail: a group for what is not on the device.
+    """
     first = channel if worker.mesh.rank == 0 else None
-    report.deliver_to(first.send if first else lambda kind, data: None)
-    while True:
-        kind, value = decode(*hand_out(first, worker.mesh, mail))
-        assert kind in KINDS
-        answer = getattr(worker, kind)(**value)
-        if kind != "call":
-            tell_memory(worker.mesh, mail)  # and so done on every rank
-        if channel and (first or kind in EVERYBODY):
-            channel.send("done", answer)
+    kind, value = decode(*hand_out(first, worker.mesh, mail))
+    assert kind in KINDS
+    answer = getattr(worker, kind)(**value)
+    if kind != "call":
+        tell_memory(worker.mesh, mail)  # and so done on every rank
+    if channel and (first or kind in EVERYBODY):
+        channel.send("done", answer)
+    return kind
 
 
 def connect(settings: dict, rank: int) -> Channel:

@@ -54,8 +54,11 @@ class Worker:
         memory.soft_empty_cache()
         self.base = self.patched = load_from_file(recipe)
 
-    def begin(self, plan: dict, patches: dict | None, dtype: torch.dtype) -> None:
-        """Begin a run. patches: those on the weights; None if they are the last run's. dtype: to compute in."""
+    def begin(self, plan: dict, patches: dict | None, dtype: torch.dtype) -> dict:
+        """Begin a run. patches: those on the weights; None if they are the last run's. dtype: to compute in.
+
+        Tells the bytes of the weights, and those that this rank's device could have free beside them.
+        """
         self.end()
         if patches is not None:
             self.patched = self.base.clone()
@@ -68,6 +71,8 @@ class Worker:
         with contextlib.ExitStack() as run:
             run.enter_context(engine.applied(self.plan, self.guider, self.mesh))
             self.run = run.pop_all()
+        weights = self.guider.model_patcher.model_size()
+        return {"weights": weights, "spare": room(self.mesh.device) - weights}
 
     def bring(self, latent: Tensor) -> None:
         """Have the model on the device, or as much of it as a call with this latent leaves room for."""

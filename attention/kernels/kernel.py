@@ -51,10 +51,12 @@ class Kernel:
 
 def package_obstacle(module: str, package: str) -> str | None:
     """Why a package cannot be used; None if it is installed."""
-    try:
+    try:  # of a dotted name the parent is imported
         found = importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the parent of a dotted name
+    except ModuleNotFoundError:
         found = False
+    except Exception as error:  # built for another PyTorch, or what else its import meets
+        return f"{package} cannot be imported ({str(error).partition(chr(10))[0]})"
     return None if found else f"{package} is not installed"
 
 

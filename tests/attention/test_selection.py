@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from skein.attention.hook import is_exact_step
 from skein.attention.kernels import KERNELS, Kernel, Problem, plain_attention
+from skein.attention.kernels.kernel import package_obstacle
 from skein.attention.op import active, attention
 from skein.attention.selection import Selection
 from skein.plan import AttentionConfig
@@ -143,3 +144,15 @@ def test_exact_steps_are_the_first_and_the_last():
     assert exact(schedule[:-1].tolist(), 0) == [False] * 6
     assert exact([0.95, 0.7, 0.1], 1) == [True, False, True]  # between two steps: as the step before
     assert is_exact_step({}, 0)  # nothing known of the schedule
+
+
+def test_a_package_that_cannot_be_imported_is_an_obstacle(tmp_path, monkeypatch):
+    """As one that was built for another PyTorch."""
+    (tmp_path / "stale_kernels").mkdir()
+    (tmp_path / "stale_kernels" / "__init__.py").write_text("raise ImportError('stale.so: undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert package_obstacle("stale_kernels.cute", "stale") == (
+        "stale cannot be imported (stale.so: undefined symbol: _ZN3c10)"
+    )
+    assert package_obstacle("not_there.cute", "it") == package_obstacle("not_there", "it") == "it is not installed"
+    assert package_obstacle("torch.nn", "torch") is None

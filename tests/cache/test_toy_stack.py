@@ -7,6 +7,7 @@ a reused call gives 1 + first + residual, with the residual of a computed call b
 import pytest
 import torch
 from skein.cache import CacheHook, FirstBlockCache
+from skein.cache.prediction import fitted_weights
 from skein.plan import CacheConfig
 from skein.runs import Run
 from skein.stopwatch import Stopwatch
@@ -186,3 +187,21 @@ def test_the_same_sigma_twice_replaces_the_point_instead_of_dividing_by_zero():
     model(1.3, 0.9)  # a two-call sampler's second look at this sigma
     assert value(model(1.6, 0.8)) == pytest.approx(2.6 + 7.8)  # the line through 1.0 and 1.3
     assert decisions(run) == "cccr"
+
+
+class WithoutFloat64(torch.Tensor):
+    """Of a device that has no float64, as Apple's; what has come to the CPU is a tensor like any other."""
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_weights_are_fitted_on_devices_without_float64():
+    known = [torch.randn(1, 4, 3) for _ in range(3)]
+    new = 0.5 * known[0] + 0.5 * known[2]
+    there = [each.as_subclass(WithoutFloat64) for each in known]
+    expected = fitted_weights(known, new, lambda sums: sums)
+    assert torch.equal(fitted_weights(there, new.as_subclass(WithoutFloat64), lambda sums: sums), expected)

@@ -5,6 +5,7 @@ Compilations are counted as PyTorch counts them. Each costs seconds, so the test
 
 import os
 
+import comfy.model_management as memory
 import pytest
 import torch
 import torch._inductor.config as inductor
@@ -94,7 +95,8 @@ def test_warming_up_changes_nothing_but_when(tiny_model):
     def model(x, options):
         for key in keys:
             args = {"img": x, "txt": x, "pe": None, "transformer_options": dict(options)}
-            blocks.around_block(key)(args, lambda a, key=key: (ran.append(key), {"img": a["img"]})[1])
+            block = blocks.around_block(key, torch.nn.Identity())
+            block(args, lambda a, key=key: (ran.append(key), {"img": a["img"]})[1])
         return x
 
     for _ in range(2):
@@ -116,6 +118,32 @@ def test_where_the_compiler_fails_the_run_goes_on_and_the_log_names_the_block(ti
     compilations = Compilations()
     assert relative_error(sample(model, "a red circle", **SMALL), stock) < 1e-5
     assert compilations.new() == 2
+
+
+def test_past_the_limit_of_graphs_the_run_goes_on(tiny_model, monkeypatch, caplog):
+    monkeypatch.setattr("skein.compilation.blocks.RECOMPILE_LIMIT", 1)
+    torch._dynamo.reset()
+    compiled = engine.edit(tiny_model, compile=CompileConfig(dynamic="off"))
+    for shape in ((1, 16, 1, 8, 8), (1, 16, 1, 8, 12)):
+        expected = sample(tiny_model, "a red circle", shape=shape, steps=2)
+        assert relative_error(sample(compiled, "a red circle", shape=shape, steps=2), expected) < 1e-5
+    assert "this run goes on uncompiled" in caplog.text
+
+
+def test_blocks_whose_lora_is_put_on_as_they_run_are_not_compiled(tiny_model, monkeypatch, caplog):
+    """ComfyUI does so with what is not on the device; each such layer would make another graph of its block."""
+    torch._dynamo.reset()
+    compilations, patched = Compilations(), with_lora(tiny_model, 1.0, LORA)
+    expected = sample(patched, "a red circle", **SMALL)
+    memory.unload_all_models()
+    planned = engine.edit(patched, compile=COMPILED)
+    planned.partially_load(torch.device("cpu"), planned.model_size() // 8)
+    assert planned.model.model_lowvram
+    with monkeypatch.context() as as_it_is:
+        as_it_is.setattr(memory, "load_models_gpu", lambda *a, **k: None)
+        assert relative_error(sample(planned, "a red circle", **SMALL), expected) < 1e-5
+    planned.detach()
+    assert compilations.new() <= 2 and "blocks that are not wholly on the GPU run uncompiled" in caplog.text
 
 
 def test_the_cache_folder_is_used_and_the_environment_put_back(tiny_model, tmp_path, monkeypatch):

@@ -3,10 +3,12 @@
 On the CPU, or on the two GPUs that SKEIN_DEVICES names ("0,1"). `make faults` takes ten rounds (tests/conftest.py).
 """
 
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,12 +47,12 @@ def expected(model):
 
 @pytest.fixture(autouse=True)
 def _nothing_left(tmp_path, monkeypatch):
-    """After each test no worker is left, and no file."""
+    """When release returns no worker is left, whose GPU would still be full, and no file."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     yield
     pids = list(group._group.pids.values()) if group._group else []
     release()
-    assert gone(pids), pids
+    assert not any(map(group._runs, pids)), pids
     assert not list(tmp_path.iterdir())
 
 
@@ -168,6 +170,22 @@ def test_unloading_ends_the_workers_and_the_next_run_starts_new_ones(model, expe
     pids = list(group._group.pids.values())
     memory.unload_all_models()
     assert group._group is None and gone(pids)
+    assert relative_error(run(model), expected) < TOLERANCE
+
+
+def test_workers_that_have_ended_leave_no_thread_and_no_memory_in_this_process(model):
+    run(model)
+    ended, threads = weakref.ref(group._group), threading.active_count()
+    release()
+    gc.collect()
+    assert ended() is None and threading.active_count() < threads
+
+
+def test_workers_are_released_while_they_start(model, expected):
+    later(1.0, release)
+    with pytest.raises(GroupError, match="released"):
+        run(model)
+    assert group._group is None
     assert relative_error(run(model), expected) < TOLERANCE
 
 

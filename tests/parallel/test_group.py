@@ -1,4 +1,9 @@
-"""What workers are started with."""
+"""What workers are started with, and when they have ended."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from skein.parallel import group
@@ -20,3 +25,17 @@ def test_the_allocator(system, given, workers, monkeypatch):
     environment = {"HOME": "/root", **given}
     group._choose_allocator(environment)
     assert environment == {"HOME": "/root", **workers}
+
+
+def test_a_process_runs_until_its_last_thread_has_ended():
+    """Of one whose first thread has ended the system tells the same as of one that has ended; it still has its GPU."""
+    code = "import threading, time, ctypes; threading.Thread(target=time.sleep, args=(60,)).start(); "
+    with subprocess.Popen([sys.executable, "-c", f"{code}ctypes.CDLL(None).pthread_exit(None)"]) as process:
+        while ") Z " not in Path(f"/proc/{process.pid}/stat").read_text():
+            time.sleep(0.01)
+        assert group._runs(process.pid)
+        process.kill()
+        deadline = time.monotonic() + 5
+        while group._runs(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not group._runs(process.pid)

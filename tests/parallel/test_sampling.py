@@ -5,7 +5,7 @@ Ordered by group, because starting one takes seconds; within a group another che
 
 import functools
 import re
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import comfy.model_management as memory
 import pytest
@@ -156,11 +156,71 @@ def test_workers_that_give_no_memory_are_ended_and_comfyuis_books_are_right(mode
     assert relative_error(sample(engine.edit(model, parallel=two), text(7), **SMALL), one) < TOLERANCE
 
 
+def test_the_proxy_takes_no_memory(models):
+    """Also after ComfyUI has loaded it, which fills what it finds on the meta device."""
+    model = models(2)
+    sample(engine.edit(model, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
+    network = running_group().holder.model.diffusion_model
+    assert [each.shape for each in network.parameters()] == [
+        each.shape for each in model.model.diffusion_model.parameters()
+    ]
+    held = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in network.parameters()}
+    assert sum(held.values()) < 1 << 20
+
+
+def test_conditionings_share_a_call_where_the_workers_have_memory_for_it(models, monkeypatch):
+    model, guided = models(2), dict(positive=text(7), negative=text(7, seed=4), cfg=3.0, **SMALL)
+    one, calls = sample(model, **guided), []
+    for need in (0.0, 1e18):
+        monkeypatch.setattr("skein.parallel.remote.room_bytes", lambda *_, need=need: need)
+        many = sample(engine.edit(model, parallel=ParallelConfig("cpu,cpu")), **guided)
+        assert relative_error(many, one) < TOLERANCE
+        calls.append(running_group().last_run["calls"])
+    assert calls[1] == 2 * calls[0]
+
+
+def test_workers_outlive_the_next_model_where_comfyui_unloads_all_that_it_does_not_run(models, monkeypatch):
+    """--disable-smart-memory."""
+    model, two = models(2), ParallelConfig("cpu,cpu")
+    one = sample(model, text(7), **SMALL)
+    monkeypatch.setattr(memory, "DISABLE_SMART_MEMORY", True)
+    sample(engine.edit(model, parallel=two), text(7), **SMALL)
+    workers = running_group()
+    memory.free_memory(1, torch.device("cpu"))
+    assert running_group() is workers and not workers.resident
+    assert relative_error(sample(engine.edit(model, parallel=two), text(7), **SMALL), one) < TOLERANCE
+    assert running_group() is workers
+
+
+def test_workers_on_other_devices_than_comfyuis_are_left_alone_when_that_is_short(models, monkeypatch):
+    """There are two kinds of device, which cannot be here."""
+    model, other = models(2), models(3)
+    monkeypatch.setattr("skein.parallel.remote.shares", lambda group, device: False)
+    memory.load_models_gpu([other])
+    sample(engine.edit(model, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
+    assert any(entry.model is other for entry in memory.current_loaded_models)
+    workers = running_group()
+    monkeypatch.setattr(memory, "get_free_memory", lambda _, torch_free_too=False: (0, 0) if torch_free_too else 0)
+    memory.free_memory(1, torch.device("cpu"))
+    assert running_group() is workers and workers.resident
+
+
 def test_multigpu_is_refused(models):
     several = models(2).clone()
     several.set_additional_models("multigpu", [models(2).clone()])
     with pytest.raises(ValueError, match="MultiGPU"):
         sample(engine.edit(several, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
+
+
+def test_a_method_that_another_pack_has_put_on_the_model_is_refused(models):
+    """As guiders that change a model's forward do while they sample."""
+    model, network = models(2), models(2).model.diffusion_model
+    network.forward = MethodType(lambda self, *args, **kwargs: type(self).forward(self, *args, **kwargs), network)
+    try:
+        with pytest.raises(ValueError, match="Another node has put a forward of its own on the model's HunyuanVideo"):
+            sample(engine.edit(model, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
+    finally:
+        del network.forward
 
 
 def test_a_guider_with_a_second_model_is_refused(models):

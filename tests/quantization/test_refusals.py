@@ -1,13 +1,14 @@
 """What other nodes and other checkpoints bring: kept, left alone, or refused with a sentence."""
 
 import json
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import comfy.hooks
+import comfy.model_management
 import comfy.sd
 import pytest
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import PatcherInjection, WrappersMP
 from safetensors.torch import save_file
 from skein import engine
 from skein.bench.errors import relative_error
@@ -42,9 +43,48 @@ def test_a_replaced_layer_is_refused(model, path):
 
 def test_a_replacement_that_holds_the_models_own_modules_is_refused(model):
     source = model.clone()
-    source.add_object_patch("diffusion_model._forward", model.model.diffusion_model._forward)
-    with pytest.raises(ValueError, match="Another node has replaced"):
+    forward = model.model.diffusion_model._forward
+    source.add_object_patch("diffusion_model._forward", lambda *args, **kwargs: forward(*args, **kwargs))
+    source.add_object_patch("diffusion_model.txt_in.forward", model.model.diffusion_model.txt_in.forward)
+    stock = sample(source, PROMPT, **SMALL)
+    for _ in range(2):  # with the patches on the model, and without
+        with pytest.raises(ValueError, match=r"Another node has replaced diffusion_model\.txt_in\.forward"):
+            sample(fp8(source), PROMPT, **SMALL)
+        comfy.model_management.unload_all_models()
+    assert "_forward" in vars(model.model.diffusion_model)  # ComfyUI puts the model's own back, on the model itself
+    assert 0 < relative_error(sample(fp8(model), PROMPT, **SMALL), stock) < 0.1
+
+
+def test_a_method_that_another_pack_has_put_on_the_model_is_refused(model):
+    """As guiders that change a model's forward do while they sample: a twin made then would run the source for ever."""
+    network = model.model.diffusion_model
+    network.forward = MethodType(lambda self, *args, **kwargs: type(self).forward(self, *args, **kwargs), network)
+    with pytest.raises(ValueError, match="Another node has put a forward of its own on the model's HunyuanVideo"):
+        sample(fp8(model), PROMPT, **SMALL)
+    del network.forward
+    assert 0 < relative_error(sample(fp8(model), PROMPT, **SMALL), sample(model, PROMPT, **SMALL)) < 0.1
+
+
+def test_injected_layers_are_refused(model):
+    """As a LoRA in bypass mode: a twin would be without them."""
+    source = model.clone()
+    source.set_injections("bypass", [PatcherInjection(inject=lambda patcher: None, eject=lambda patcher: None)])
+    with pytest.raises(ValueError, match="puts into the model while it samples"):
         sample(fp8(source), PROMPT, **SMALL)
+
+
+def test_devices_without_eight_bit_floats_are_named(model, monkeypatch):
+    """Apple's, which cannot be here: PyTorch raises this there."""
+    empty = torch.empty
+
+    def on_mps(*size, dtype=None, **options):
+        if dtype == torch.float8_e4m3fn:
+            raise TypeError("Trying to convert Float8_e4m3fn to the MPS backend but it does not have support for that")
+        return empty(*size, dtype=dtype, **options)
+
+    monkeypatch.setattr(torch, "empty", on_mps)
+    with pytest.raises(ValueError, match="FP8 cannot be kept on this device"):
+        sample(fp8(model), PROMPT, **SMALL)
 
 
 def test_other_object_patches_are_kept(model):
@@ -94,7 +134,7 @@ def test_a_model_that_cannot_be_loaded_without_dynamic_vram_is_refused(model, mo
     patcher = model.clone()
     monkeypatch.setattr(patcher, "is_dynamic", lambda: True)
     patcher.cached_patcher_init = None
-    with pytest.raises(ValueError, match="dynamic VRAM"), plain(SimpleNamespace(model_patcher=patcher)):
+    with pytest.raises(ValueError, match="dynamic VRAM"), plain(SimpleNamespace(model_patcher=patcher), "FP8"):
         pass
 
 

@@ -173,7 +173,7 @@ def test_workers_released_in_the_middle_of_a_decode(wan, latent):
     assert difference(decode(wan, latent, config), wan.decode(latent)) < TOLERANCE
 
 
-def test_gpus_are_left_alone_where_comfyui_decodes_on_the_cpu_or_nccl_is_missing(monkeypatch):
+def test_gpus_are_left_alone_where_they_cannot_decode_together(monkeypatch):
     """There are two GPUs, which cannot be here."""
     on_cpu, on_gpu = (SimpleNamespace(device=torch.device(*device)) for device in (("cpu",), ("cuda", 0)))
     release()
@@ -182,6 +182,14 @@ def test_gpus_are_left_alone_where_comfyui_decodes_on_the_cpu_or_nccl_is_missing
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
     assert _devices(on_gpu, DecodeConfig(devices="all")) == ("0", "1")
     assert _devices(on_cpu, DecodeConfig(devices="all")) is None
+    sampling = SimpleNamespace(setting=SimpleNamespace(devices=("0",)))
+    with monkeypatch.context() as one_worker:  # others would end it, and it them
+        one_worker.setattr("skein.vae.decode.running_group", lambda: sampling)
+        assert _devices(on_gpu, DecodeConfig(devices="all")) is None
+    with monkeypatch.context() as machines:
+        machines.setenv("SKEIN_NNODES", "2")
+        machines.setenv("SKEIN_RDZV_ENDPOINT", "127.0.0.1:29500")
+        assert _devices(on_gpu, DecodeConfig(devices="all")) is None
     with pytest.raises(ValueError, match="--cpu-vae"):
         _devices(on_cpu, DecodeConfig(devices="0,1"))
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
