@@ -15,6 +15,7 @@ with what it waits for slower ones. Random: weights and conditioning. Ends with 
 import argparse
 import json
 import logging
+import os
 import statistics
 import sys
 import tempfile
@@ -119,6 +120,7 @@ def measure(model, name: str, degrees: tuple[int, int], world: int, arguments: d
         "exchange_share": [each / group._group.last_run["call_s"] for each in group._group.last_run["exchange_s"]],
         "error_to_one_process": relative_error(out, alone["out"]),
         **host_gib(list(group._group.pids.values())),
+        "comfyui_own_gib": host_gib([os.getpid()])["host_own_gib"],
         "gpu_gib": gpu_gib(),
         "peak_gib": group._group.last_run["peak_bytes"] / 2**30,
         "reserved_gib": group._group.last_run["reserved_bytes"] / 2**30,

@@ -96,6 +96,7 @@ def main() -> None:
         out, seconds = timed(sampled)
         peaks = group._group.last_run if group._group is not None else peaks_of(torch.device("cuda"))
         host = host_gib([os.getpid()] if group._group is None else list(group._group.pids.values()))
+        host["comfyui_own_gib"] = host_gib([os.getpid()])["host_own_gib"]
         row = {
             "finite": bool(out.isfinite().all()), "run_s": seconds, "tensors_gb": peaks["peak_bytes"] / 1e9,
             "peak_gb": (peaks["reserved_bytes"] + CONTEXT) / 1e9, "estimated_work_gb": estimate / 1e9, **host,

@@ -243,12 +243,14 @@ class Proxy:
         return 0
 
     def _detached(self, _patcher: ModelPatcher, unpatch_all: bool) -> None:
-        """ComfyUI has unloaded the model: because somebody asked for it, for memory, or as it always does with
-        --disable-smart-memory, when the next model is loaded."""
-        if unpatch_all and memory.DISABLE_SMART_MEMORY:
-            self._give(None, 0)
-        elif unpatch_all:
+        """ComfyUI has unloaded the model: because somebody asked for it or for memory; or, with --disable-smart-memory,
+        because it loads another, and then the workers stay."""
+        if not unpatch_all:
+            return
+        if not memory.DISABLE_SMART_MEMORY or live.workers_are_busy():
             release(holder=self)
+        elif self._held():
+            self._give(None, 0)
 
 
 def _take_off(source: ModelPatcher) -> None:
