@@ -34,8 +34,8 @@ class Joiner:
         comfyui = Path(next(iter(comfy.__path__))).parent
         self.command = [
             sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--node-rank=1",
-            "--master-addr=127.0.0.1", f"--master-port={port}", "--nproc-per-node=1", str(BOOTSTRAP),
-            "--comfyui", str(comfyui), "--devices", "cpu",
+            "--master-addr=127.0.0.1", f"--master-port={port}", "--nproc-per-node=1", f"--log-dir={os.devnull}",
+            str(BOOTSTRAP), "--comfyui", str(comfyui), "--devices", "cpu",
         ]  # fmt: skip
         self.ended = False
         self.process = None

@@ -2,14 +2,12 @@
 real processes, gloo, float32. And the layers in one process."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import vaes
+from ranks import run_ranks
 from skein.vae.layers import attention, computing, moments, refusal
 from skein.vae.strip import Strip
 from torch import nn
@@ -20,8 +18,7 @@ TOLERANCE = 1e-4  # of the largest difference (on two kinds of CPU 0.8e-5, 1.7e-
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_strips_are_the_whole_frame(world):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", str(SCRIPT)]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = run_ranks(SCRIPT, world)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert {row["family"] for row in rows} == set(vaes.FAMILIES) and len(rows) == 4 * len(vaes.FAMILIES)
