@@ -197,8 +197,7 @@ class Proxy:
         self.model: Any = share(source.model)
         _empty(self.model.diffusion_model)
         vars(self.model)[PROXY_KEY] = self
-        # By these ComfyUI decides whether the conditionings of a step go into one call.
-        vars(self.model)["memory_required"] = lambda input_shape, *args, **kwargs: self.need(input_shape)
+        vars(self.model)["memory_required"] = self._asked
         self.root = ModelPatcher(self.model, source.load_device, source.offload_device, size=1)
         self._watch(self.root)
 
@@ -213,6 +212,11 @@ class Proxy:
         """Bytes that each worker wants free for a call with a latent of this shape."""
         load = Load.of(find_stack(self.model.diffusion_model), latent, self.model.get_dtype_inference().itemsize)
         return room_bytes(load, self.plan, self.world)
+
+    def _asked(self, latent: Sequence[int], *_args: Any, **_kwargs: Any) -> float:
+        """What ComfyUI asks of a model: while it samples, to put conditionings into one call or not; before that, to
+        make room for it in its own process, which needs none."""
+        return 0.0 if self.model.current_patcher is None else self.need(latent)
 
     def _watch(self, patcher: ModelPatcher) -> None:
         patcher.add_callback_with_key(CallbacksMP.ON_DETACH, PLAN_KEY, self._detached)
