@@ -62,9 +62,12 @@ def refuse_code(patcher: ModelPatcher, technique: str) -> None:
             f"{technique} cannot work with layers that another node puts into the model while it samples (a LoRA in "
             f"bypass mode, say); use an ordinary LoRA node, or remove {technique}."
         )
-    put_on = {*patcher.object_patches_backup}  # what ComfyUI has of the object patches on the model now
-    own = {path: module for path, module in patcher.model.named_modules() if path not in put_on}
-    for path, module in own.items():
+    put_on = patcher.object_patches_backup  # path -> the model's own, where ComfyUI has an object patch on it now
+    own = {module for kept in put_on.values() if isinstance(kept, nn.Module) for module in kept.modules()}
+    for path, module in patcher.model.named_modules():
+        if any(f"{path}.".startswith(f"{patched}.") for patched in put_on):
+            continue
+        own.add(module)
         for name, value in vars(module).items():
             known = name in LEFT or f"{path}.{name}".lstrip(".") in put_on or is_own_method(module, name, value)
             if not known and callable(value) and callable(getattr(type(module), name, None)):
@@ -74,7 +77,7 @@ def refuse_code(patcher: ModelPatcher, technique: str) -> None:
                 )
     for path, value in patcher.object_patches.items():
         held = value.modules() if isinstance(value, nn.Module) else [getattr(value, "__self__", None)]
-        if any(each is module for each in held for module in own.values()):
+        if any(isinstance(each, nn.Module) and each in own for each in held):
             raise ValueError(
                 f"Another node has replaced {path} by what holds the model, with which {technique} cannot work; remove "
                 "one of them."

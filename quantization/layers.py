@@ -34,7 +34,7 @@ def require_float8(device: torch.device) -> None:
     try:
         torch.empty(1, dtype=FP8, device=device)
     except TypeError as error:
-        raise ValueError(f"FP8 cannot be kept on this device ({device}); remove FP8 (Skein).") from error
+        raise ValueError(f"FP8 cannot be kept on this device ({device}); remove Skein's FP8 node.") from error
 
 
 @cache

@@ -46,6 +46,7 @@ def test_a_replacement_that_holds_the_models_own_modules_is_refused(model):
     forward = model.model.diffusion_model._forward
     source.add_object_patch("diffusion_model._forward", lambda *args, **kwargs: forward(*args, **kwargs))
     source.add_object_patch("diffusion_model.txt_in.forward", model.model.diffusion_model.txt_in.forward)
+    source.add_object_patch("another", torch.nn.Sequential(torch.nn.Identity()))  # holds nothing of the model
     stock = sample(source, PROMPT, **SMALL)
     for _ in range(2):  # with the patches on the model, and without
         with pytest.raises(ValueError, match=r"Another node has replaced diffusion_model\.txt_in\.forward"):
