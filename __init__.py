@@ -1,8 +1,9 @@
 """Skein: fast HunyuanVideo for ComfyUI."""
 
+import comfy.model_management
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, routes
+from . import demo, live, routes
 from .nodes.attention import AttentionNode
 from .nodes.cache import FirstBlockCacheNode
 from .nodes.compile import CompileNode
@@ -21,6 +22,7 @@ class SkeinExtension(ComfyExtension):
     async def on_load(self) -> None:
         demo.register_model_folder()
         routes.register(release)
+        live.starts_on(comfy.model_management.get_torch_device())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -61,6 +61,11 @@ _workers: list[Process] = []
 _last_call = _last_look = 0.0
 
 
+def starts_on(device: torch.device) -> None:
+    """The device of this process, until it samples."""
+    _own.device = str(device)
+
+
 def snapshot() -> dict:
     """All of it, JSON-ready; "seq" is the number of the last event that it holds."""
     with events.lock:
@@ -103,7 +108,7 @@ def sampling(techniques: Sequence[str], device: torch.device) -> Iterator[None]:
         with events.lock:
             _sampling.running, _sampling.error = False, error
             for process in _processes():
-                if process.state == RUNNING:  # workers too: an interrupt is not told to them
+                if process.state in (LOADING, RUNNING):  # workers too: an interrupt is not told to them
                     process.state = READY
             _give_up(error)
             look(at_once=True)
@@ -225,6 +230,11 @@ def workers_stand(state: str) -> None:
 def workers_are_busy() -> bool:
     """Whether a run is using them, or about to."""
     return _sampling.running and "parallel" in _sampling.techniques
+
+
+def workers_are_at_work() -> bool:
+    """Whether they do something now: load, sample or decode."""
+    return any(process.state in (LOADING, RUNNING) for process in _workers)
 
 
 def workers_filled(readings: Sequence[dict]) -> None:

@@ -69,7 +69,7 @@ def show(node_id: str | None, text: str, about: str = "") -> None:
     server = sys.modules.get("server")  # present only inside ComfyUI's server process
     instance = getattr(getattr(server, "PromptServer", None), "instance", None)
     if instance is not None and node_id is not None:
-        instance.send_progress_text(text, node_id)
+        instance.send_progress_text(text, node_id, instance.client_id)  # others may have another graph open
 
 
 def note(about: str, text: str) -> None:

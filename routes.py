@@ -79,8 +79,8 @@ def register(release: Callable[[], bool]) -> None:
 
     async def release_workers(request: Any) -> dict:
         await _asked(request, {})
-        if live.workers_are_busy():
-            raise Refused(409, "The workers are sampling; interrupt the run first, or wait for its end.")
+        if live.workers_are_busy() or live.workers_are_at_work():
+            raise Refused(409, "The workers are at work; interrupt the run first, or wait for its end.")
         return {"released": await asyncio.get_running_loop().run_in_executor(None, release)}
 
     instance.routes.get(STATUS_ROUTE)(answering(status))

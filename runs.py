@@ -51,12 +51,13 @@ class Run:
 
     @property
     def speedup(self) -> float:
-        """Estimated: the time had every call taken what the computed ones took (median), over the time taken."""
+        """Estimated: the time had every call taken what the computed ones took (median), over the time taken. Calls
+        whose time is not known, or not yet, do not count."""
         computed = sorted(call.ms for call in self.calls if not call.reused and call.ms is not None)
-        total = sum(call.ms for call in self.calls if call.ms is not None)
-        if not computed or not total:
+        timed = [call.ms for call in self.calls if call.ms is not None]
+        if not computed or not sum(timed):
             return 1.0
-        return computed[len(computed) // 2] * len(self.calls) / total
+        return computed[len(computed) // 2] * len(timed) / sum(timed)
 
     def summary(self) -> str:
         return (

@@ -75,7 +75,8 @@ class Selection:
         if not exact:
             return self._choose(q, k, v, exact=True)
         if self.config.kernel != "stock":
-            self._say("ComfyUI's own attention runs: no other kernel can")
+            others = self.config.allow_8bit and self._runnable(Problem.of(q), exact=False)
+            self._say(f"ComfyUI's own attention runs{' in the exact steps' if others else ': no other kernel can'}")
         return None
 
     def _fastest(self, kernels: list[Kernel], q: Tensor, k: Tensor, v: Tensor) -> Kernel | None:

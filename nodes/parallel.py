@@ -70,7 +70,7 @@ class ReleaseWorkersNode(io.ComfyNode):
             search_aliases=["free GPUs", "unload workers", "multi GPU"],
             description=(
                 "Ends the worker processes of Context Parallel when the latent arrives, so that their memory is free "
-                "for what comes after. ComfyUI's own unload does the same."
+                "for what comes after. ComfyUI's own unload does the same (not with --disable-smart-memory)."
             ),
             inputs=[io.Latent.Input("latent", tooltip="The sampled latent; it is passed on.")],
             outputs=[io.Latent.Output()],

@@ -27,7 +27,10 @@ class LatentVideoPreviewNode(io.ComfyNode):
                     default=1,
                     min=1,
                     max=16,
-                    tooltip="Enlarge each latent pixel to this many pixels; 8 is the size of the decoded video.",
+                    tooltip=(
+                        "Enlarge each latent pixel to this many pixels; 8 is the size of HunyuanVideo's decoded video "
+                        "(16 for 1.5)."
+                    ),
                 ),
             ],
             outputs=[io.Image.Output()],

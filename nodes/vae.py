@@ -28,7 +28,7 @@ class VAEDecodeNode(io.ComfyNode):
             ),
             inputs=[
                 io.Latent.Input("samples", tooltip="The latent to decode."),
-                io.Vae.Input("vae", tooltip="The VAE of HunyuanVideo, HunyuanVideo 1.5 or Wan; of others, tiles."),
+                io.Vae.Input("vae", tooltip="The VAE of HunyuanVideo, HunyuanVideo 1.5 or Wan; others share tiles."),
                 io.Combo.Input(
                     "mode",
                     options=list(DECODE_MODES),

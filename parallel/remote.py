@@ -307,8 +307,8 @@ def worker_setting(devices: tuple[str, ...], degrees: tuple[int, int], nodes: in
     together = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     if "cpu" not in devices and not together:
         raise ValueError(
-            "Workers on GPUs need NCCL, which PyTorch has on Linux; remove Context Parallel here, or name one device "
-            "in VAE Decode's devices."
+            "Workers on GPUs need NCCL, which PyTorch has on Linux; remove Context Parallel here, or name "
+            "ComfyUI's own device in VAE Decode's devices."
         )
     options = {name: value for name, value in vars(comfy.cli_args.args).items() if _is_json(value)}
     options["fast"] = sorted(feature.value for feature in getattr(comfy.cli_args.args, "fast", None) or ())

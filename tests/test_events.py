@@ -7,6 +7,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+import torch
 import websocket
 from graphs import SAMPLER, seeded
 from skein import events, live
@@ -97,6 +98,24 @@ def test_telling_costs_microseconds():
     assert (time.perf_counter() - started) / 1000 < 1e-3
     run.ended = True
     assert events._pending == []
+
+
+def test_calls_whose_time_is_not_known_do_not_count_as_speedup():
+    times = [10.0, 10.0, None, 2.0, None]
+    assert Run(calls=[Call(0.5, 0.01, 0.06, ms == 2.0, ms) for ms in times]).speedup == pytest.approx(30 / 22)
+
+
+def test_workers_are_at_work_while_they_load_or_decode_and_not_after_an_interrupt():
+    live.workers_started(["0", "1"])
+    with pytest.raises(KeyboardInterrupt), live.sampling(["parallel"], torch.device("cpu")):
+        live.workers_stand(live.LOADING)
+        assert live.workers_are_at_work()
+        raise KeyboardInterrupt
+    assert not live.workers_are_at_work()
+    live.workers_stand(live.RUNNING)  # a decode
+    assert live.workers_are_at_work() and not live.workers_are_busy()
+    live.workers_gone(None, live.ENDED)
+    assert not live.workers_are_at_work()
 
 
 def answer(server, method, path, body=None, headers=None):

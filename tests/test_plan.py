@@ -49,3 +49,8 @@ def test_unknown_choices_are_refused_with_those_that_there_are(make, sentence):
 
 def test_modulation_is_part_of_the_plan():
     assert FP8Config(modulation=False) != FP8Config(modulation=True)
+
+
+def test_a_threshold_of_zero_asks_for_no_cache():
+    plan = Plan(cache=CacheConfig(threshold=0.0), attention=AttentionConfig())
+    assert plan.techniques == ["attention"] and Plan(cache=CacheConfig()).techniques == ["cache"]

@@ -26,8 +26,6 @@ from .whole import frames_of, quick
 
 logger = logging.getLogger("skein")
 
-ALONE = "name one device in devices to decode as ComfyUI does it"
-
 
 def decode(vae: Any, latent: Tensor, config: DecodeConfig) -> Tensor:
     """Frames (B, T, H, W, 3), or images (B, H, W, 3), of a latent. Raises ValueError on what cannot be decoded so."""
@@ -189,9 +187,9 @@ class _Shared(_Decode):
         super().__init__(vae, latent, config, ", ".join(devices), len(devices))
         self.devices = devices
         if latent.ndim != 5 or vae.latent_dim != 3:
-            raise ValueError(f"This VAE decodes single images, which several devices cannot share; {ALONE}.")
+            raise ValueError(f"This VAE decodes single images, which several devices cannot share; {remote.ALONE}.")
         if self.family is None and getattr(vae, "handles_tiling", False):
-            raise ValueError(f"This VAE tiles by itself, which several devices cannot share; {ALONE}.")
+            raise ValueError(f"This VAE tiles by itself, which several devices cannot share; {remote.ALONE}.")
         if config.mode == "whole" and self.family is None:
             raise ValueError(
                 f"The frames of a {type(vae.first_stage_model).__name__} cannot be cut; set mode to tiled."

@@ -3,6 +3,8 @@
 import logging
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management as memory
@@ -21,13 +23,15 @@ from .tiles import Tiling, blended, tiles_of
 
 logger = logging.getLogger("skein")
 
+ALONE = "name ComfyUI's own device in VAE Decode's devices, to decode as it does"
+
 
 def workers(devices: tuple[str, ...], vae: Any) -> Group:
     """Workers on these devices that have this VAE: those that run, with whatever else they have, or new ones."""
     if machines()[0] > 1:
-        raise ValueError("Workers on several machines do not decode; name one device in VAE Decode's devices.")
+        raise ValueError(f"Workers on several machines do not decode; {ALONE}.")
     if vae.patcher.patches:
-        raise ValueError("A patched VAE cannot go to the workers; name one device in VAE Decode's devices.")
+        raise ValueError(f"A patched VAE cannot go to the workers; {ALONE}.")
     group = running_group(devices)
     if group is None:
         setting = worker_setting(devices, (0, 0))
@@ -57,8 +61,8 @@ def decode_strips(group: Group, vae: Any, latent: Tensor, need: int) -> Tensor:
     dim, world = longer_side(latent), len(group.setting.devices)
     bar = ProgressBar(latent.shape[0] * vae.upscale_ratio[0](latent.shape[2]))
     question = {"latent": latent, "dim": dim, "parts": split(latent.shape[dim], world), "need": need}
-    answers = group.ask_all("decode_strip", question, CALL_SECONDS, bar.update)
-    live.workers_stand(live.READY)
+    with _working(group):
+        answers = group.ask_all("decode_strip", question, CALL_SECONDS, bar.update)
     strips = [answers[rank] for rank in range(world)]
     side = dim - 1  # colours come last
     shape = list(strips[0].shape)
@@ -85,6 +89,15 @@ def decode_tiles(group: Group, vae: Any, latent: Tensor, tiling: Tiling) -> Tens
         bar.update(1)
         return decoded.popleft()
 
-    out = blended(vae, latent, decode, tiling)
-    live.workers_stand(live.READY)
-    return out
+    with _working(group):
+        return blended(vae, latent, decode, tiling)
+
+
+@contextmanager
+def _working(group: Group) -> Iterator[None]:
+    """Within: the workers decode. Afterwards, an interrupt included, they are shown as ready, if they are there."""
+    try:
+        yield
+    finally:
+        if not group.closed:
+            live.workers_stand(live.READY)

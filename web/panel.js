@@ -138,7 +138,9 @@ export class Panel {
   }
 
   draw() {
-    const { store, run } = this;
+    const { store } = this;
+    if (!store.runs.some((run) => run.id === this.chosen)) this.chosen = ""; // it is no longer kept
+    const { run } = this;
     this.drawn = performance.now();
     this.element.dataset.connection = store.connection;
     this.drawBanner();
@@ -152,9 +154,10 @@ export class Panel {
     renew(this.cards, store.processes, (processes) => processes.map(card));
     this.drawNotes();
     const alive = store.processes.some((each) => each.rank !== null && !["ended", "failed"].includes(each.state));
-    const busy = store.sampling.running && store.sampling.techniques.includes("parallel");
+    const working = store.processes.some((each) => each.rank !== null && ["loading", "running"].includes(each.state));
+    const busy = working || (store.sampling.running && store.sampling.techniques.includes("parallel"));
     this.release.disabled = !alive || busy || store.connection !== "ready";
-    this.release.title = busy ? t("The workers are sampling; interrupt the run first.") : "";
+    this.release.title = busy ? t("The workers are at work; interrupt the run first.") : "";
     this.copy.disabled = !run;
   }
 
@@ -182,7 +185,7 @@ export class Panel {
     const options = [["", t("Newest run")], ...this.store.runs.map((run) => [run.id, name(run)]).reverse()];
     renew(this.select, options, () => options.map(([value, text]) => h("option", { value }, text)));
     this.select.hidden = !this.store.runs.length;
-    this.select.value = this.store.runs.some((run) => run.id === this.chosen) ? this.chosen : "";
+    this.select.value = this.chosen;
   }
 
   /** Whether what runs now has no cache, so that the newest run is an older one. */

@@ -1,7 +1,7 @@
 // Skein in ComfyUI's page: the bottom panel "Skein", fed by the server's events.
 
-import { app } from "/scripts/app.js";
-import { api } from "/scripts/api.js";
+import { app } from "../../scripts/app.js"; // relative: ComfyUI may be served below a path
+import { api } from "../../scripts/api.js";
 
 import { t, translateBy } from "./dom.js";
 import { Panel } from "./panel.js";
@@ -27,10 +27,17 @@ function post(path, body) {
   });
 }
 
+let asked = Promise.resolve(); // one question after the other: the last one counts
+
 /** Have the server send its events to this page, or not. They end with a connection, so ask again on a new one. */
-async function listen(wanted) {
-  if (!api.clientId) await new Promise((done) => api.addEventListener("status", done, { once: true }));
-  return post("/skein/listen", { client_id: api.clientId, listen: wanted });
+function listen(wanted) {
+  asked = asked
+    .catch(() => {})
+    .then(async () => {
+      if (!api.clientId) await new Promise((done) => api.addEventListener("status", done, { once: true }));
+      return post("/skein/listen", { client_id: api.clientId, listen: wanted });
+    });
+  return asked;
 }
 
 const store = new Store(async () => {
@@ -64,6 +71,9 @@ const actions = {
     const node = findNode(run.node_id);
     const widget = node?.comfyClass === CACHE_NODE && node.widgets?.find((each) => each.name === THRESHOLD);
     if (!widget) throw new Error(t("The node of this run is not in the open workflow."));
+    if (node.inputs?.some((input) => input.widget?.name === THRESHOLD && input.link != null)) {
+      throw new Error(t("The threshold of this node comes from another node; change it there."));
+    }
     widget.value = threshold;
     widget.callback?.(threshold);
     app.canvas?.setDirty(true, true);
@@ -80,6 +90,18 @@ async function translations() {
 
 let panel = null;
 
+function close() {
+  panel?.end();
+  panel = null;
+  listen(false).catch(() => {}); // a server that is gone sends nothing anyway
+}
+
+/** An event. ComfyUI tells nobody that another tab of the bottom panel has taken the place of this one. */
+function receive({ detail }) {
+  if (panel && !panel.element.isConnected) close();
+  else store.receive(detail);
+}
+
 app.registerExtension({
   name: "Skein",
   bottomPanelTabs: [
@@ -94,11 +116,7 @@ app.registerExtension({
         element.replaceChildren(panel.element);
         store.refresh();
       },
-      destroy() {
-        panel?.end();
-        panel = null;
-        listen(false).catch(() => {}); // a server that is gone sends nothing anyway
-      },
+      destroy: close,
     },
   ],
   async setup() {
@@ -106,7 +124,7 @@ app.registerExtension({
     style.rel = "stylesheet";
     style.href = new URL("./style.css", import.meta.url).href;
     document.head.append(style);
-    api.addEventListener(EVENTS, ({ detail }) => store.receive(detail));
+    api.addEventListener(EVENTS, receive);
     api.addEventListener("reconnecting", () => store.lost());
     api.addEventListener("reconnected", () => panel && store.refresh());
     try {

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from comfy_page import CACHE, SLOW, ComfyPage, demo_workflow
+from comfy_page import CACHE, SLOW, WIDGET, ComfyPage, demo_workflow
 from pack import ROOT
 from playwright.sync_api import expect
 
@@ -213,6 +213,41 @@ def test_a_lost_connection_and_a_status_that_fails(browser, ui_server):
             comfy.page.evaluate(sends, nonsense)
         comfy.wait("document.querySelector('.skein-panel').dataset.connection === 'ready'")
         assert [entry for entry in comfy.complaints() if "500" not in entry[1]] == []
+
+
+LINK_THRESHOLD = """([type, name]) => {
+  const node = app.graph.nodes.find((each) => each.comfyClass === type);
+  const source = LiteGraph.createNode('PrimitiveFloat');
+  app.graph.add(source);
+  source.connect(0, node, node.inputs.findIndex((input) => input.widget?.name === name));
+}"""
+
+
+def test_a_threshold_that_comes_from_another_node_is_not_written(browser, ui_server):
+    with ComfyPage(browser, ui_server) as comfy:
+        comfy.open_workflow(demo_workflow(seed=8))
+        comfy.open_panel()
+        comfy.queue()
+        comfy.wait_for_state("finished")
+        comfy.page.evaluate(LINK_THRESHOLD, [CACHE, WIDGET])
+        before = comfy.widget()
+        comfy.move_slider(0.123)
+        comfy.panel.get_by_role("button", name="Write 0.123 into the node").click()
+        expect(comfy.panel.get_by_text("comes from another node")).to_be_visible()
+        assert comfy.widget() == before
+
+
+def test_behind_another_tab_of_the_bottom_panel_nothing_is_sent(browser, ui_server):
+    with ComfyPage(browser, ui_server) as comfy:
+        comfy.open_workflow(demo_workflow(seed=9))
+        comfy.open_panel()
+        comfy.page.get_by_role("tab", name="Logs").click()
+        comfy.panel.wait_for(state="detached")
+        with comfy.page.expect_request(lambda r: r.url.endswith("/skein/listen") and '"listen":false' in r.post_data):
+            comfy.queue()
+        comfy.open_panel()
+        comfy.wait_for_state("finished")
+        assert comfy.points == 12 and comfy.complaints() == []
 
 
 def test_the_panel_and_the_nodes_in_chinese(browser, ui_server):
