@@ -370,6 +370,11 @@ def release(holder: object = None) -> bool:
     return True
 
 
+def name_of(device: torch.device) -> str:
+    """A device of this process as plans name it: "0", "cpu"."""
+    return str(device.index or 0) if device.type == "cuda" else device.type
+
+
 def visible_devices(names: Sequence[str]) -> tuple[str, ...]:
     """The devices that a plan names, "all" written out. Raises ValueError on one that is not there."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -29,7 +29,7 @@ from ..models import call_options, find_stack, share
 from ..patchers import clone_over, only_for, refuse_code, refuse_multigpu, unload
 from ..plan import PLAN_KEY, Plan
 from ..report import show
-from .group import Group, GroupError, Setting, group_for, release, running_group, visible_devices
+from .group import Group, GroupError, Setting, group_for, name_of, release, running_group, visible_devices
 from .machines import machines
 from .protocol import OPTIONS, NotPlain, pack
 from .recipe import export_patches, inference_type, recipe_of
@@ -92,7 +92,7 @@ def _ready(setting: Setting, recipe: dict, proxy: "Proxy", source: ModelPatcher,
 
 def shares(group: Group, device: torch.device) -> bool:
     """Whether a device of this process is a worker's too."""
-    return (str(device.index or 0) if device.type == "cuda" else device.type) in group.setting.devices
+    return name_of(device) in group.setting.devices
 
 
 def clear_own(device: torch.device, need: float = 1e30) -> None:
@@ -113,7 +113,7 @@ def _begin(group: Group, proxy: "Proxy", source: ModelPatcher, plan: Plan) -> No
     group.patches = source.patches_uuid
     proxy.size = max(each["weights"] for each in told.values())
     proxy.spare = min(each["spare"] for each in told.values())
-    proxy.plan, proxy.world = plan, len(group.setting.devices)
+    proxy.plan, proxy.world = plan, len(group.setting.devices) * group.setting.nodes
     group.resident = True
 
 

@@ -12,7 +12,7 @@ from comfy.utils import ProgressBar
 from torch import Tensor
 
 from ..attributes import changed
-from ..parallel.group import running_group, visible_devices
+from ..parallel.group import name_of, running_group, visible_devices
 from ..parallel.machines import machines
 from ..parallel.remote import shares
 from ..plan import DecodeConfig
@@ -46,11 +46,10 @@ def decode(vae: Any, latent: Tensor, config: DecodeConfig) -> Tensor:
 def _devices(vae: Any, config: DecodeConfig) -> tuple[str, ...] | None:
     """The workers' devices; None for ComfyUI's own process. Raises ValueError on what there is not."""
     names = config.device_names
-    own = str(vae.device.index or 0) if vae.device.type == "cuda" else vae.device.type
     if names == ["all"]:
         devices = _together()
         return devices if len(devices) > 1 and _fit(vae, devices) else None
-    if names == [own]:
+    if names == [name_of(vae.device)]:
         return None
     devices = visible_devices(names)
     if not _fit(vae, devices):
@@ -60,10 +59,9 @@ def _devices(vae: Any, config: DecodeConfig) -> tuple[str, ...] | None:
 
 def _together() -> tuple[str, ...]:
     """The devices of the workers that run, whom others would end; else all GPUs, where they can work together."""
-    group = running_group()
     if machines()[0] > 1:
         return ()
-    if group is not None:
+    if (group := running_group()) is not None:
         return group.setting.devices
     found = torch.cuda.is_available() and torch.distributed.is_available() and torch.distributed.is_nccl_available()
     return visible_devices(["all"]) if found else ()

@@ -176,6 +176,8 @@ def test_conditionings_share_a_call_where_the_workers_have_memory_for_it(models,
         many = sample(engine.edit(model, parallel=ParallelConfig("cpu,cpu")), **guided)
         assert relative_error(many, one) < TOLERANCE
         calls.append(running_group().last_run["calls"])
+        asked = running_group().holder.model.memory_required  # by ComfyUI for its own process, when it does not sample
+        assert asked(SMALL["shape"]) == 0
     assert calls[1] == 2 * calls[0]
 
 
