@@ -86,6 +86,17 @@ def test_nothing_is_sent_unasked(server, prompt):
     channel.close()
 
 
+def test_status_lines_go_to_the_page_that_has_asked_for_the_run(server, prompt):
+    """Another may have another graph open, with another node of the same id."""
+    channel = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId=other", timeout=120)
+    server.run(seeded(prompt, 305))
+    channel.settimeout(1)
+    with pytest.raises(websocket.WebSocketTimeoutException):
+        while True:
+            assert b"model calls" not in channel.recv_data()[1]
+    channel.close()
+
+
 def test_telling_costs_microseconds():
     """What a model call pays for being told of, without a server: the same work up to the look for a listener."""
     run = Run()
