@@ -28,7 +28,7 @@ from .estimate import Load, advice
 from .models import BlockKey, find_stack
 from .parallel import Mesh, Sharding, delegated, visible_devices
 from .parallel.machines import machines
-from .patchers import only_for, plain, refuse_multigpu
+from .patchers import only_for, plain, refuse_late_code, refuse_multigpu
 from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
 from .quantization import quantized
 from .report import begin, note, publish, show
@@ -127,6 +127,7 @@ def applied(plan: Plan, guider, mesh: Mesh | None = None) -> Iterator[None]:
 def _quantizing(config: FP8Config, guider) -> Iterator[None]:
     """The model's FP8 twin in the model's place, before ComfyUI loads it."""
     source = guider.model_patcher
+    refuse_late_code(guider.model_options["transformer_options"], "FP8", source.model.diffusion_model)
     try:
         with quantized(source, config) as guider.model_patcher:
             yield

@@ -3,13 +3,16 @@ technique does not reach."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import comfy.model_management as memory
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import nn
 
 from .models.share import LEFT, is_own_method
+from .plan import PLAN_KEY
 
 PLAIN_KEY = "_skein_plain"  # on a model under dynamic VRAM: the patcher over the same model without it
 
@@ -76,12 +79,44 @@ def refuse_code(patcher: ModelPatcher, technique: str) -> None:
                     f"{technique} cannot work; remove one of them."
                 )
     for path, value in patcher.object_patches.items():
-        held = value.modules() if isinstance(value, nn.Module) else [getattr(value, "__self__", None)]
+        bound_to = [value.__self__] if isinstance(value, MethodType) else []
+        held = value.modules() if isinstance(value, nn.Module) else bound_to
         if any(isinstance(each, nn.Module) and each in own for each in held):
             raise ValueError(
                 f"Another node has replaced {path} by what holds the model, with which {technique} cannot work; remove "
                 "one of them."
             )
+
+
+def refuse_late_code(options: dict, technique: str, source: nn.Module, *stand_ins: nn.Module) -> None:
+    """Let a run refuse what other nodes put on networks while it samples and a technique would be without.
+
+    options: the run's transformer_options. source: what a second model stands in for; nodes that change it around a
+    call, as other packs' caches do, change it in vain. stand_ins: networks whose code does not run here.
+    Raises ValueError, when the model is called.
+    """
+    known = {network: _code(network) for network in (source, *stand_ins)}
+
+    def before_the_call(execute: Callable, *args: Any, **kwargs: Any) -> Any:
+        known[source] = _code(source)  # ComfyUI may have taken its patches off since
+        return execute(*args, **kwargs)
+
+    def in_the_call(execute: Callable, *args: Any, **kwargs: Any) -> Any:
+        if any(_code(network) != code for network, code in known.items()):
+            raise ValueError(
+                "Another node changes the model's own code while it samples (as TeaCache and WaveSpeed's cache do), "
+                f"which would have no effect under {technique}; remove one of them."
+            )
+        return execute(*args, **kwargs)
+
+    add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, PLAN_KEY, before_the_call, options)
+    add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, in_the_call, options)
+
+
+def _code(network: nn.Module) -> dict[str, Any]:
+    """What a network runs: its modules, and functions that stand in for its class's methods."""
+    own = {name: value for name, value in vars(network).items() if callable(value) and name not in LEFT}
+    return own | network._modules
 
 
 def is_loaded(model: nn.Module) -> bool:
@@ -102,6 +137,7 @@ def plain(guider, technique: str) -> Iterator[None]:
         return
     require_recipe(source)
     refuse_code(source, technique)
+    refuse_late_code(guider.model_options["transformer_options"], technique, source.model.diffusion_model)
     kept = vars(source.model)
     if PLAIN_KEY not in kept:
         root = kept[PLAIN_KEY] = source.clone(disable_dynamic=True)

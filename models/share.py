@@ -5,6 +5,8 @@ as it is, and it costs no memory until then. What ComfyUI keeps on a loaded modu
 of its dynamic VRAM) stays behind; the original must be unloaded.
 """
 
+from types import MethodType
+
 from torch import Tensor, nn
 
 LEFT = (  # what ComfyUI's ModelPatchers write on modules and models
@@ -42,8 +44,10 @@ def share(module: nn.Module, seen: dict[int, object] | None = None) -> nn.Module
 def is_own_method(module: nn.Module, name: str, value: object) -> bool:
     """Whether an attribute of a module is but its class's method: ComfyUI leaves it there when it takes an object patch
     off that method."""
-    bound_to, function = getattr(value, "__self__", None), getattr(value, "__func__", None)
-    return bound_to is module and function is not None and function is getattr(type(module), name, None)
+    # By its type: ComfyUI's model_config warns of each attribute that it is asked for and does not have.
+    if not isinstance(value, MethodType) or value.__self__ is not module:
+        return False
+    return value.__func__ is getattr(type(module), name, None)
 
 
 def _same_storage(tensor: Tensor | None, seen: dict):

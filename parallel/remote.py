@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .. import live
 from ..estimate import Load, room_bytes
 from ..models import call_options, find_stack, share
-from ..patchers import clone_over, only_for, refuse_code, refuse_multigpu, unload
+from ..patchers import clone_over, only_for, refuse_code, refuse_late_code, refuse_multigpu, unload
 from ..plan import PLAN_KEY, Plan
 from ..report import show
 from .group import Group, GroupError, Setting, group_for, name_of, release, running_group, visible_devices
@@ -59,7 +59,9 @@ def delegated(plan: Plan, guider) -> Iterator[None]:
         _begin(group, proxy, source, plan)
         caller = _Caller(group, proxy, source.load_device)
         options = guider.model_options["transformer_options"]
-        wrapper = only_for(proxy.model.diffusion_model, caller, "Context Parallel")
+        network = proxy.model.diffusion_model
+        refuse_late_code(options, "Context Parallel", source.model.diffusion_model, network)
+        wrapper = only_for(network, caller, "Context Parallel")
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, wrapper, options)
         yield
         group.last_run = figures(caller, group.ask_all("end", {}, CALL_SECONDS))

@@ -1,8 +1,10 @@
 """Random HunyuanVideo checkpoints of any shape, saved to a real file and loaded by ComfyUI's own loader."""
 
+import functools
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import comfy.ldm.hunyuan_video.model
 import comfy.sd
@@ -24,6 +26,18 @@ def around_the_text() -> dict:
     """What HunyuanVideo 1.5 takes beside the text: byt5's tokens, and those of an image."""
     vision = SimpleNamespace(last_hidden_state=torch.ones(1, 9, 1152))
     return {"conditioning_byt5small": torch.ones(1, 7, 1472), "clip_vision_output": vision}
+
+
+def around_each_call(network: torch.nn.Module, name: str):
+    """A model_function_wrapper such as other packs' caches have: something else in a network's place while it runs."""
+    kept = getattr(network, name)
+    another = torch.nn.ModuleList if isinstance(kept, torch.nn.ModuleList) else functools.partial
+
+    def around(call, given):
+        with mock.patch.object(network, name, another(kept)):
+            return call(given["input"], given["timestep"], **given["c"])
+
+    return around
 
 
 def random_hunyuan_video(dtype: torch.dtype | None = None, **changes):

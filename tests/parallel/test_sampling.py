@@ -6,6 +6,7 @@ Ordered by group, because starting one takes seconds; within a group another che
 import functools
 import re
 from types import MethodType, SimpleNamespace
+from unittest import mock
 
 import comfy.model_management as memory
 import pytest
@@ -20,7 +21,7 @@ from skein.parallel.group import running_group
 from skein.parallel.remote import _take_off, clear_own
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig
 from skein.report import recent_runs
-from small_models import HUNYUAN_VIDEO_15, around_the_text
+from small_models import HUNYUAN_VIDEO_15, around_each_call, around_the_text
 
 TOLERANCE = 2e-6
 GROUPS = {  # processes, ulysses degree, heads that so many can share
@@ -223,6 +224,28 @@ def test_a_method_that_another_pack_has_put_on_the_model_is_refused(models):
             sample(engine.edit(model, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
     finally:
         del network.forward
+
+
+@pytest.mark.parametrize("name", ["double_blocks", "forward_orig"])
+def test_what_another_pack_puts_on_the_model_around_each_call_is_refused(models, name):
+    source = models(2).clone()
+    source.set_model_unet_function_wrapper(around_each_call(source.model.diffusion_model, name))
+    with pytest.raises(ValueError, match=r"Another node changes the model's own code .* under Context Parallel"):
+        sample(engine.edit(source, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
+
+
+def test_what_another_pack_puts_on_the_proxy_is_refused(models):
+    """As wrappers do that are applied after Context Parallel, and change the network that they find when it samples."""
+
+    def on_what_is_there(executor, *args, **kwargs):
+        network = executor.class_obj.model_patcher.model.diffusion_model
+        with mock.patch.object(network, "forward_orig", lambda *args, **kwargs: None):
+            return executor(*args, **kwargs)
+
+    parallel = engine.edit(models(2), parallel=ParallelConfig("cpu,cpu"))
+    parallel.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "another pack", on_what_is_there)
+    with pytest.raises(ValueError, match=r"Another node changes the model's own code .* under Context Parallel"):
+        sample(parallel, text(7), **SMALL)
 
 
 def test_a_guider_with_a_second_model_is_refused(models):

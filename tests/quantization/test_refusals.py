@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from skein import engine
 from skein.bench.errors import relative_error
 from skein.demo.sampling import conditioning, sample
-from skein.patchers import plain
+from skein.patchers import plain, unload
 from skein.plan import FP8Config
 from skein.quantization.linear import QuantizedLinear
 from skein.quantization.run import TWIN_KEY, quantized
-from small_models import random_hunyuan_video
+from small_models import around_each_call, random_hunyuan_video
 
 SMALL = dict(shape=(1, 16, 3, 8, 8), steps=3)
 PROMPT = "a red circle moves left"
@@ -64,6 +64,38 @@ def test_a_method_that_another_pack_has_put_on_the_model_is_refused(model):
         sample(fp8(model), PROMPT, **SMALL)
     del network.forward
     assert 0 < relative_error(sample(fp8(model), PROMPT, **SMALL), sample(model, PROMPT, **SMALL)) < 0.1
+
+
+@pytest.mark.parametrize("name", ["double_blocks", "forward_orig"])
+def test_what_another_pack_puts_on_the_model_around_each_call_is_refused(model, name):
+    """As TeaCache and WaveSpeed's cache do, on the model that they were given: the twin runs without it."""
+    source = model.clone()
+    source.set_model_unet_function_wrapper(around_each_call(model.model.diffusion_model, name))
+    with pytest.raises(ValueError, match=r"Another node changes the model's own code while it samples .* under FP8"):
+        sample(fp8(source), PROMPT, **SMALL)
+    assert torch.isfinite(sample(fp8(model), PROMPT, **SMALL)).all()
+
+
+def test_what_comfyui_puts_on_the_model_and_takes_off_is_not_refused(model):
+    """An object patch that is on the source when the run begins, and no longer when the source has been unloaded."""
+    source = model.clone()
+    forward = model.model.diffusion_model._forward
+    source.add_object_patch("diffusion_model._forward", lambda *args, **kwargs: forward(*args, **kwargs))
+    sample(source, PROMPT, **SMALL)
+
+    def unload_source(call, given):
+        unload(source)
+        return call(given["input"], given["timestep"], **given["c"])
+
+    last = fp8(source)
+    last.set_model_unet_function_wrapper(unload_source)
+    assert torch.isfinite(sample(last, PROMPT, **SMALL)).all()
+
+
+def test_nothing_is_asked_of_the_models_config_that_it_does_not_have(model, caplog):
+    """ComfyUI warns of it in the log, and tells users to fix their code."""
+    sample(fp8(model), PROMPT, **SMALL)
+    assert "model config" not in caplog.text
 
 
 def test_injected_layers_are_refused(model):
