@@ -127,7 +127,7 @@ def applied(plan: Plan, guider, mesh: Mesh | None = None) -> Iterator[None]:
 def _quantizing(config: FP8Config, guider) -> Iterator[None]:
     """The model's FP8 twin in the model's place, before ComfyUI loads it."""
     source = guider.model_patcher
-    refuse_late_code(guider.model_options["transformer_options"], "FP8", source.model.diffusion_model)
+    refuse_late_code(guider.model_options["transformer_options"], "FP8", source)
     try:
         with quantized(source, config) as guider.model_patcher:
             yield

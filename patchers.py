@@ -88,35 +88,34 @@ def refuse_code(patcher: ModelPatcher, technique: str) -> None:
             )
 
 
-def refuse_late_code(options: dict, technique: str, source: nn.Module, *stand_ins: nn.Module) -> None:
-    """Let a run refuse what other nodes put on networks while it samples and a technique would be without.
+def refuse_late_code(options: dict, technique: str, *patchers: ModelPatcher) -> None:
+    """Let a run refuse what other nodes put on models whose code it does not run, since others stand in for them: a
+    change around each call, as other packs' caches make it, would have no effect.
 
-    options: the run's transformer_options. source: what a second model stands in for; nodes that change it around a
-    call, as other packs' caches do, change it in vain. stand_ins: networks whose code does not run here.
-    Raises ValueError, when the model is called.
+    options: the run's transformer_options. Raises ValueError, when the model is called.
     """
-    known = {network: _code(network) for network in (source, *stand_ins)}
+    known = [(patcher, _code(patcher)) for patcher in patchers]
 
-    def before_the_call(execute: Callable, *args: Any, **kwargs: Any) -> Any:
-        known[source] = _code(source)  # ComfyUI may have taken its patches off since
-        return execute(*args, **kwargs)
-
-    def in_the_call(execute: Callable, *args: Any, **kwargs: Any) -> Any:
-        if any(_code(network) != code for network, code in known.items()):
+    def around(execute: Callable, *args: Any, **kwargs: Any) -> Any:
+        if any(_code(patcher) != code for patcher, code in known):
             raise ValueError(
                 "Another node changes the model's own code while it samples (as TeaCache and WaveSpeed's cache do), "
                 f"which would have no effect under {technique}; remove one of them."
             )
         return execute(*args, **kwargs)
 
-    add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, PLAN_KEY, before_the_call, options)
-    add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, in_the_call, options)
+    add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, around, options)
 
 
-def _code(network: nn.Module) -> dict[str, Any]:
-    """What a network runs: its modules, and functions that stand in for its class's methods."""
-    own = {name: value for name, value in vars(network).items() if callable(value) and name not in LEFT}
-    return own | network._modules
+def _code(patcher: ModelPatcher) -> dict[str, Any]:
+    """What a network runs: its modules, and functions that stand in for its class's methods. Below ComfyUI's object
+    patches, which come and go with the model's loading."""
+    network, below = patcher.get_model_object("diffusion_model"), patcher.object_patches_backup
+    return {
+        name: below.get(f"diffusion_model.{name}", value)
+        for name, value in (vars(network) | network._modules).items()
+        if callable(value) and name not in LEFT
+    }
 
 
 def is_loaded(model: nn.Module) -> bool:
@@ -137,7 +136,7 @@ def plain(guider, technique: str) -> Iterator[None]:
         return
     require_recipe(source)
     refuse_code(source, technique)
-    refuse_late_code(guider.model_options["transformer_options"], technique, source.model.diffusion_model)
+    refuse_late_code(guider.model_options["transformer_options"], technique, source)
     kept = vars(source.model)
     if PLAIN_KEY not in kept:
         root = kept[PLAIN_KEY] = source.clone(disable_dynamic=True)

@@ -59,9 +59,8 @@ def delegated(plan: Plan, guider) -> Iterator[None]:
         _begin(group, proxy, source, plan)
         caller = _Caller(group, proxy, source.load_device)
         options = guider.model_options["transformer_options"]
-        network = proxy.model.diffusion_model
-        refuse_late_code(options, "Context Parallel", source.model.diffusion_model, network)
-        wrapper = only_for(network, caller, "Context Parallel")
+        refuse_late_code(options, "Context Parallel", source, proxy.root)
+        wrapper = only_for(proxy.model.diffusion_model, caller, "Context Parallel")
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, wrapper, options)
         yield
         group.last_run = figures(caller, group.ask_all("end", {}, CALL_SECONDS))

@@ -1,5 +1,7 @@
 """What other nodes and other checkpoints bring: kept, left alone, or refused with a sentence."""
 
+import copy
+import functools
 import json
 from types import MethodType, SimpleNamespace
 
@@ -77,19 +79,23 @@ def test_what_another_pack_puts_on_the_model_around_each_call_is_refused(model, 
 
 
 def test_what_comfyui_puts_on_the_model_and_takes_off_is_not_refused(model):
-    """An object patch that is on the source when the run begins, and no longer when the source has been unloaded."""
-    source = model.clone()
-    forward = model.model.diffusion_model._forward
-    source.add_object_patch("diffusion_model._forward", lambda *args, **kwargs: forward(*args, **kwargs))
-    sample(source, PROMPT, **SMALL)
+    """Object patches that are on the source when the run begins, and no longer when the source has been unloaded."""
+    source, network = model.clone(), model.model.diffusion_model
+    source.add_object_patch("diffusion_model._forward", functools.partial(network._forward))
+    source.add_object_patch("diffusion_model.vector_in", copy.deepcopy(network.vector_in))
+    seen = []
 
     def unload_source(call, given):
+        seen.append("partial" in repr(vars(network).get("_forward")))
         unload(source)
         return call(given["input"], given["timestep"], **given["c"])
 
     last = fp8(source)
     last.set_model_unet_function_wrapper(unload_source)
-    assert torch.isfinite(sample(last, PROMPT, **SMALL)).all()
+    for _ in range(2):  # the first makes the twin, and unloads the source for that
+        sample(source, PROMPT, **SMALL)
+        assert torch.isfinite(sample(last, PROMPT, **SMALL)).all()
+    assert seen == [False] * 3 + [True, False, False]
 
 
 def test_nothing_is_asked_of_the_models_config_that_it_does_not_have(model, caplog):
