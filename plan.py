@@ -14,6 +14,7 @@ KERNELS = ("auto", "flash3", "flash4", "cudnn", "sage", "flash2", "stock")
 FP8_MODES = ("per_row", "per_tensor", "weight_only")
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune")
 DYNAMIC_SHAPES = ("auto", "on", "off")
+CPU_PROCESSES = 16  # at most: each takes 0.5 to 0.9 GB of host memory before it has a model
 DECODE_MODES = ("auto", "whole", "tiled")
 
 
@@ -209,15 +210,26 @@ class DecodeConfig:
 
 def device_names(text: str) -> list[str]:
     """The devices that a text such as "0, 1" names."""
-    return [str(int(name)) if name.isdecimal() else name for name in text.replace(" ", "").lower().split(",")]
+    return [name.lstrip("0") or "0" if is_number(name) else name for name in text.replace(" ", "").lower().split(",")]
+
+
+def is_number(name: str) -> bool:
+    """Whether a device's name is a GPU's number."""
+    return name.isascii() and name.isdigit() and len(name) <= 4
 
 
 def check_devices(names: list[str], text: str) -> None:
     """Raises ValueError if these cannot be devices."""
-    if names != ["all"] and not all(name.isdecimal() for name in names) and set(names) != {"cpu"}:
-        raise ValueError(f'devices must be "all", GPU numbers such as "0,1", or "cpu,cpu", not {text!r}.')
+    shown = repr(text) if len(text) <= 60 else f"{text[:60]!r}..."
+    if names != ["all"] and not all(map(is_number, names)) and set(names) != {"cpu"}:
+        raise ValueError(f'devices must be "all", GPU numbers such as "0,1", or "cpu,cpu", not {shown}.')
     if "cpu" not in names and len(set(names)) < len(names):
-        raise ValueError(f"devices names a GPU twice: {text!r}.")
+        raise ValueError(f"devices names a GPU twice: {shown}.")
+    if "cpu" in names and len(names) > CPU_PROCESSES:
+        raise ValueError(
+            f"devices asks for {len(names)} processes on the CPU; {CPU_PROCESSES} is the most, and more than "
+            "the CPU has cores gain nothing."
+        )
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,15 @@ if torch.__version__ < "2.7":  # a version, so 2.10 is later; from then on the d
 BLOCKS = 8
 
 
-def join(device: torch.device, timeout: timedelta) -> None:
-    """Make this process one of the group that its launcher's environment tells of."""
+def join(
+    device: torch.device, timeout: timedelta, store: dist.Store | None = None, rank: int = -1, world: int = -1
+) -> None:
+    """Make this process one of a group. store: where its processes meet; None: as the environment says (torchrun)."""
     for name, value in NCCL.items():
         os.environ.setdefault(name, value)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=timeout
+    )
 
 
 def new_group(ranks: list[int], timeout: timedelta, beside_kernels: bool) -> Any:

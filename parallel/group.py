@@ -1,25 +1,20 @@
-"""The worker processes, seen from ComfyUI's: started by torchrun, asked one thing at a time, ended when anything is
+"""The worker processes, seen from ComfyUI's: started by a launcher, asked one thing at a time, ended when anything is
 wrong.
 
 ComfyUI's process never joins the process group, so nothing that happens there can hang it. Every wait looks at
-ComfyUI's interrupt, at the workers' connections and at the clock.
+ComfyUI's interrupt, at the workers' connections and at the clock. No address is opened for the workers of this machine:
+each is handed one end of a pair of sockets.
 """
 
 import atexit
 import collections
-import json
 import logging
-import os
-import platform
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from multiprocessing.connection import Listener, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +22,22 @@ import torch
 
 from .. import live, report
 from .protocol import EVERYBODY
-from .transport import Channel
+from .setting import Setting, launch
 
 logger = logging.getLogger("skein")
 
-WORKER = Path(__file__).resolve().parent.parent / "worker"
 START_SECONDS = 300.0
 ROOM_SECONDS = 600.0
 END_SECONDS = 5.0
 LOOK_SECONDS = 0.05  # how often a wait looks at the interrupt
+AGREE_SECONDS = 5.0  # for all workers to refuse what one refuses
+FAILURES = ("gone", "error", "full")
 TELL_SECONDS = 0.5  # how long after a failure others may still tell of theirs, which may be the cause
-NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
 STATES = {  # of workers asked to
     "load": live.LOADING, "begin": live.LOADING, "call": live.RUNNING, "end": live.READY,
     "take_vae": live.LOADING, "decode_strip": live.RUNNING, "decode_tile": live.RUNNING,
     "room": live.READY, "make_room": live.READY,
 }  # fmt: skip
-ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # before and since PyTorch 2.9
-SEGMENTS = "expandable_segments:True"  # 0.9 of 24 GB were free and too scattered to be used without
 RELEASED = "The workers were released while they were at work. The next prompt starts new ones."
 
 
@@ -52,40 +45,8 @@ class GroupError(RuntimeError):
     """A worker failed; the message says which and how. The group has ended."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What makes a group: another setting is another group.
-
-    devices: of this machine. degrees: see Mesh. options: of ComfyUI's command line, as JSON. nodes, endpoint: machines,
-    and host:port of this one's launcher where there are several.
-    """
-
-    comfyui: str
-    devices: tuple[str, ...]
-    degrees: tuple[int, int]
-    options: str
-    nodes: int = 1
-    endpoint: str = ""
-
-    def threads(self) -> int:
-        return max((os.cpu_count() or 1) // len(self.devices), 1)
-
-    def rendezvous(self) -> list[str]:
-        """Arguments of torchrun: where the machines meet."""
-        if self.nodes == 1:
-            return ["--standalone", "--local-addr=127.0.0.1"]
-        host, port = self.endpoint.rsplit(":", 1)
-        return [f"--nnodes={self.nodes}", "--node-rank=0", f"--master-addr={host}", f"--master-port={port}"]
-
-
-def _choose_allocator(environment: dict[str, str]) -> None:
-    """A worker's, in its environment: the user's choice, or segments that grow."""
-    for name in ALLOCATOR:
-        if "cudaMallocAsync" in environment.get(name, ""):  # ComfyUI's own choice
-            del environment[name]
-    wsl = "microsoft" in platform.release().lower()  # its driver has not always had what segments need
-    if not wsl and not any(name in environment for name in ALLOCATOR):
-        environment |= dict.fromkeys(ALLOCATOR, SEGMENTS)
+class Refused(ValueError):
+    """The workers refuse what they were asked, with a sentence for the user. They go on."""
 
 
 class Group:
@@ -103,25 +64,20 @@ class Group:
         self.last_run: dict = {}  # in numbers: see remote.figures
         self.pids: dict[int, int] = {}  # of the workers on this machine, by rank
         self._check_interrupt = check_interrupt
-        self._channels: dict[int, Channel] = {}
         self._waiting = ""  # the kind of the message whose answers have not all come yet
         self._answers: dict[int, Any] = {}  # those that have, by rank: an interrupt may come between two
         self._log: collections.deque[str] = collections.deque(maxlen=200)
-        key = os.urandom(32)
+        self._process, self._channels = launch(setting)
         live.workers_started(setting.devices)
-        self._listener = Listener(("127.0.0.1", 0), backlog=64, authkey=key)
-        self._address = self._listener.address
-        self._process = self._launch(key)
         atexit.register(self.close)
         threading.Thread(target=self._read_log, daemon=True).start()
-        threading.Thread(target=self._accept, daemon=True).start()
 
     def await_ready(self) -> None:
         """Wait until all workers are ready. Raises GroupError, and what check_interrupt raises."""
         deadline, doing = time.monotonic() + START_SECONDS, "starting"
         if self.setting.nodes > 1:
             doing = f"waiting for {self.setting.nodes - 1} more machines to join at {self.setting.endpoint}"
-            logger.info("Skein workers: %s", doing)
+            logger.warning("Skein workers: %s; without encryption or a password, so only on networks you trust.", doing)
         ready: set[int] = set()
         while len(ready) < len(self.setting.devices):
             kind, value, rank = self._next_message(deadline, doing)
@@ -142,12 +98,14 @@ class Group:
         else of the first. Their tensors are views of shared memory, until the next question.
 
         progress: told of what is done, as rank 0 sees it.
-        Raises GroupError if one of them fails or takes longer, torch.OutOfMemoryError if one has no memory left, and
-        what check_interrupt raises: the workers then finish what they are at, and the next question waits for that.
+        Raises Refused if all of them refuse it, GroupError if one fails or takes longer, torch.OutOfMemoryError if one
+        has no memory left, and what check_interrupt raises: the workers then finish what they are at, and the next
+        question waits for that.
         """
         if self._waiting:
             logger.info("Skein workers: waiting for the step that was interrupted")
-            self._answer(seconds)
+            with suppress(Refused):
+                self._answer(seconds)
         try:
             self._channels[0].send(kind, value)
         except OSError:
@@ -178,7 +136,6 @@ class Group:
         atexit.unregister(self.close)
         with suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
-        self._stop_listening()
         for channel in self._channels.values():
             channel.close()
         try:
@@ -190,31 +147,6 @@ class Group:
         while time.monotonic() < deadline and any(map(_runs, self.pids.values())):
             time.sleep(0.01)  # until a worker's end, its GPU is as full as before
 
-    def _launch(self, key: bytes) -> subprocess.Popen:
-        setting = self.setting
-        told = {
-            "comfyui": setting.comfyui,
-            "devices": setting.devices,
-            "degrees": setting.degrees,
-            "options": json.loads(setting.options),
-            "address": self._address,
-            "key": key.hex(),
-        }
-        environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
-        _choose_allocator(environment)
-        environment.setdefault("OMP_NUM_THREADS", str(setting.threads()))
-        environment["SKEIN_WORKER"] = json.dumps(told)
-        command = [
-            sys.executable, str(WORKER / "launch.py"), *setting.rendezvous(),
-            f"--nproc-per-node={len(setting.devices)}", "--max-restarts=0",
-            f"--log-dir={os.devnull}",  # else torchrun leaves a folder at each start; this process reads the log
-            str(WORKER / "bootstrap.py"),
-        ]  # fmt: skip
-        return subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True, cwd=setting.comfyui,
-        )  # fmt: skip
-
     def _read_log(self) -> None:
         for line in self._process.stdout:  # type: ignore[union-attr]
             text = line.decode(errors="replace").rstrip()
@@ -222,26 +154,6 @@ class Group:
             logger.log(logging.INFO if text.startswith("[0] Skein") else logging.DEBUG, "%s", text)
         if not self.closed:
             live.workers_gone(None, live.FAILED, "They have ended by themselves; the next prompt starts new ones.")
-
-    def _accept(self) -> None:
-        from multiprocessing import AuthenticationError
-
-        while not self.closed and len(self._channels) < len(self.setting.devices):
-            try:
-                channel = Channel(self._listener.accept())
-                _, hello = channel.receive()
-                self._channels[hello["rank"]] = channel
-            except (AuthenticationError, EOFError, ConnectionError):
-                continue  # somebody else
-            except OSError:
-                return  # closed
-
-    def _stop_listening(self) -> None:
-        """End _accept, which would hold this object for ever: closing what it listens at does not wake it."""
-        with suppress(OSError):
-            socket.create_connection(self._address, END_SECONDS).close()
-        with suppress(OSError):
-            self._listener.close()
 
     def _answer(self, seconds: float, progress: Callable[[int], None] = lambda amount: None) -> dict[int, Any]:
         deadline, answers = time.monotonic() + seconds, self._answers
@@ -261,13 +173,13 @@ class Group:
         """The next message of a worker that is not of a failure, and its rank."""
         while not self.closed:
             self._check_interrupt()
-            ranks = {channel.connection: rank for rank, channel in list(self._channels.items())}
-            if not ranks:
-                time.sleep(LOOK_SECONDS)
+            ranks = {channel.connection: rank for rank, channel in self._channels.items()}
             for connection in self._wait(list(ranks), LOOK_SECONDS):
                 rank = ranks[connection]
                 message = self._read(rank)
-                if message[0] in ("gone", "error", "full"):
+                if message[0] == "refused":
+                    self._refuse(rank, message[1])
+                if message[0] in FAILURES:
                     self._fail(rank, *message)
                 return *message, rank
             if self._process.poll() is not None:
@@ -290,6 +202,27 @@ class Group:
             return self._channels[rank].receive()
         except (EOFError, OSError):
             return "gone", None
+
+    def _refuse(self, rank: int, value: dict) -> None:
+        """All workers refuse the question, or the group ends: one that alone refuses has left the others waiting for
+        it. Raises Refused or what _fail raises."""
+        missing = set(self._channels) - {rank}
+        deadline = time.monotonic() + (AGREE_SECONDS if self.setting.nodes == 1 else 0)
+        while missing and (left := deadline - time.monotonic()) > 0:
+            ranks = {self._channels[other].connection: other for other in missing}
+            for connection in self._wait(list(ranks), left):
+                kind, told = self._read(ranks[connection])
+                if kind in FAILURES:
+                    self._fail(ranks[connection], kind, told)
+                if kind == "refused":
+                    missing.remove(ranks[connection])
+                elif kind in report.KINDS:
+                    report.receive(kind, told)
+        if missing or self.setting.nodes > 1:
+            self._fail(rank, "error", value)
+        self._waiting = ""
+        live.workers_stand(live.READY)
+        raise Refused(value["text"])
 
     def _fail(self, rank: int | None, kind: str, value: Any = None) -> None:
         """Wait a moment for a better explanation, end all workers, and raise.
@@ -319,7 +252,7 @@ class Group:
         live.workers_gone(None if "who" in (value or {}) else rank, live.FAILED, said)
         if kind == "full":
             raise torch.OutOfMemoryError(f"{who} ran out of memory: {value['text']}")
-        raise GroupError(f"{who} {said}. The next prompt starts new workers; the log has more.")
+        raise GroupError(f"{who} {said.rstrip('.')}. The next prompt starts new workers; the log has more.")
 
 
 def _runs(pid: int) -> bool:

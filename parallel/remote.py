@@ -8,6 +8,7 @@ when ComfyUI asks for some of its memory, they give that and stay.
 import inspect
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,10 +30,11 @@ from ..models import call_options, find_stack, share
 from ..patchers import clone_over, only_for, refuse_code, refuse_late_code, refuse_multigpu, unload
 from ..plan import PLAN_KEY, Plan
 from ..report import show
-from .group import Group, GroupError, Setting, group_for, name_of, release, running_group, visible_devices
+from .group import Group, GroupError, group_for, name_of, release, running_group, visible_devices
 from .machines import machines
 from .protocol import OPTIONS, NotPlain, pack
 from .recipe import export_patches, inference_type, recipe_of
+from .setting import Setting
 
 logger = logging.getLogger("skein")
 
@@ -305,6 +307,8 @@ def _setting(plan: Plan, source: ModelPatcher) -> Setting:
 
 def worker_setting(devices: tuple[str, ...], degrees: tuple[int, int], nodes: int = 1, endpoint: str = "") -> Setting:
     """Workers with the options of ComfyUI's own process. Raises ValueError where there can be none."""
+    if os.name != "posix":
+        raise ValueError("Worker processes need Linux; remove Context Parallel, or decode on ComfyUI's own device.")
     together = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     if "cpu" not in devices and not together:
         raise ValueError(

@@ -1,12 +1,9 @@
-"""What torchrun starts, one a device: makes the pack and ComfyUI importable, then runs the worker.
-
-    torchrun ... bootstrap.py [--comfyui FOLDER] [--devices 0,1]    on a machine that joins another's ComfyUI
+"""What launch.py starts, one a device: makes the pack and ComfyUI importable, then runs the worker.
 
 A script, because in ComfyUI the pack's folder has any name. Everything that must be set before ComfyUI's model
 management is imported is set here: the device of this rank, and the command line options of ComfyUI's own process.
 """
 
-import argparse
 import ctypes
 import faulthandler
 import json
@@ -25,7 +22,7 @@ PACK = Path(__file__).resolve().parent.parent
 
 def end_with_launcher() -> None:
     """End this process when the launcher has ended, also in the middle of a collective."""
-    launcher = int(os.environ.get("SKEIN_LAUNCHER_PID", os.getppid()))
+    launcher = int(os.environ["SKEIN_LAUNCHER_PID"])
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -54,35 +51,21 @@ def prepare_comfyui(settings: dict) -> None:
         torch.cuda.set_device(int(settings["devices"][int(os.environ["LOCAL_RANK"])]))
 
 
-def read_settings() -> dict:
-    """How ComfyUI is set up: from its process, or on another machine from the first worker and the command line."""
-    if "SKEIN_WORKER" in os.environ:
-        settings = json.loads(os.environ["SKEIN_WORKER"])
-        if machines.across() and os.environ["RANK"] == "0":
-            machines.share_settings(settings)
-        return settings
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--comfyui", default=str(PACK.parent.parent), help="folder of this machine's ComfyUI")
-    parser.add_argument("--devices", help="such as 0,1 (default: as many GPUs as there are processes)")
-    options = parser.parse_args()
-    count = int(os.environ["LOCAL_WORLD_SIZE"])
-    devices = options.devices.split(",") if options.devices else [str(i) for i in range(count)]
-    if len(devices) != count:
-        sys.exit(f"--devices names {len(devices)}, but torchrun starts {count} processes here; make them equal.")
-    return {**machines.shared_settings(), "comfyui": options.comfyui, "devices": devices, "address": None}
-
-
 def main() -> None:
     faulthandler.enable()
     end_with_launcher()
-    settings = read_settings()
+    settings = json.loads(os.environ.pop("SKEIN_WORKER"))
+    machines.bind_to_one_network(settings)
+    store = machines.open_store(settings)
+    if settings["nodes"] > 1:
+        settings = machines.meet(settings, store)
     prepare_comfyui(settings)
     pack = ModuleType("skein")
     pack.__path__ = [str(PACK)]
     sys.modules["skein"] = pack
     from skein.worker.serve import serve
 
-    serve(settings)
+    serve(settings, store)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A worker's conversation with ComfyUI's process.
 
-Rank 0 talks to it and hands each message to the others; all then do the same. Whatever fails on any
-rank is told to ComfyUI's process, which ends the group.
+Rank 0 talks to it and hands each message to the others; all then do the same. Whatever fails on any rank is told to
+ComfyUI's process, which ends the group. What all ranks refuse alike (a ValueError) is told too, and the group stays.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
-from multiprocessing.connection import Client
+from multiprocessing.connection import Connection
 from typing import Any
 
 import comfy.model_management as memory
@@ -34,18 +34,20 @@ FOREVER = timedelta(days=3650)  # for the next message
 LAST_SECONDS = 30  # what a worker that has failed waits for its end
 
 
-def serve(settings: dict) -> None:
+def serve(settings: dict, store: dist.Store) -> None:
     """Join the group and do what ComfyUI's process asks, until it or the launcher is gone."""
-    rank, here = int(os.environ["RANK"]), not machines.is_away()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=f"[{rank}] %(message)s", force=True)
-    channel = connect(settings, rank) if here else None
-    with ended_by_failure(channel.send if channel else partial(machines.last_words, rank)), torch.inference_mode():
-        if machines.across() and channel is None:
-            machines.keep_saying_alive(rank)
-        elif machines.across() and rank == 0 and channel:
-            machines.watch(range(int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])), channel.send)
+    channel = None if settings["node"] else Channel(Connection(settings["channel"]))
+    tell = channel.send if channel else partial(machines.last_words, settings, rank)
+    with ended_by_failure(tell), torch.inference_mode():
+        if channel is None:
+            machines.keep_saying_alive(settings, rank)
+        elif rank == 0 and settings["nodes"] > 1:
+            away = range(int(os.environ["LOCAL_WORLD_SIZE"]), world)
+            machines.watch(machines.open_store(settings), away, channel.send)
         device = memory.get_torch_device()
-        join(device, PATIENCE)
+        join(device, PATIENCE, store, rank, world)
         mesh = Mesh(device, tuple(settings["degrees"]), PATIENCE)
         mail: Any = dist.new_group(backend="gloo", timeout=FOREVER)
         if channel:
@@ -65,20 +67,19 @@ def answer_question(worker: Worker, channel: Channel | None, mail: Any) -> str:
     first = channel if worker.mesh.rank == 0 else None
     kind, value = decode(*hand_out(first, worker.mesh, mail))
     assert kind in KINDS
-    answer = getattr(worker, kind)(**value)
+    try:
+        answer = getattr(worker, kind)(**value)
+    except ValueError as error:
+        if channel is None:
+            raise
+        worker.end()
+        channel.send("refused", {"text": str(error)})
+        return kind
     if kind != "call":
         tell_memory(worker.mesh, mail)  # and so done on every rank
     if channel and (first or kind in EVERYBODY):
         channel.send("done", answer)
     return kind
-
-
-def connect(settings: dict, rank: int) -> Channel:
-    """The channel to ComfyUI's process."""
-    connection = Client(tuple(settings["address"]), authkey=bytes.fromhex(settings["key"]))
-    channel = Channel(connection)
-    channel.send("hello", {"rank": rank})
-    return channel
 
 
 def hand_out(channel: Channel | None, mesh: Mesh, mail: Any) -> tuple[bytes, Tensor]:

@@ -5,6 +5,7 @@ On the CPU, or on the two GPUs that SKEIN_DEVICES names ("0,1"). `make faults` t
 
 import gc
 import os
+import random
 import signal
 import threading
 import time
@@ -76,20 +77,41 @@ def later(seconds, action):
     return thread
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_killed_in_the_middle_of_a_step(model, expected, rank, _round):
-    run(model)
-    pids, killed = dict(group._group.pids), []
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("victim", ["0", "1", "launcher"])
+def test_killed_at_a_random_moment(model, expected, victim, warm, _round):
+    """While starting, joining, loading (cold) or in the middle of a step: one message within 5 s, nothing is left of
+    the group, the next run is right."""
+    moment = random.Random(f"{victim} {warm} {_round}").uniform(0, 2 if warm else 6)
+    if warm:
+        run(model)
+    killed, processes = [], []
 
     def kill():
-        os.kill(pids[rank], signal.SIGKILL)
+        while not (found := dict(started())).get(victim):
+            time.sleep(0.01)
+        time.sleep(moment)
+        processes.extend(found.values())
+        os.kill(found[victim], signal.SIGKILL)
         killed.append(time.monotonic())
 
-    later(1.0, kill)
-    with pytest.raises(GroupError, match=f"Worker {rank} .*ended without a word"):
+    thread = later(0, kill)
+    who = r"The workers|Worker \d .*" if victim == "launcher" else rf"Worker {victim} .*|The workers"
+    with pytest.raises(GroupError, match=f"({who}) ended without a word"):
         run(model, **SLOW)
-    assert time.monotonic() - killed[0] < 5 and gone(pids.values())
+    assert time.monotonic() - killed[0] < 5 and gone(processes), moment
+    thread.join()
     assert relative_error(run(model), expected) < TOLERANCE
+
+
+def started():
+    """The launcher, and the workers by rank, below this process."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "bootstrap.py" in " ".join(process.cmdline()):
+                yield process.environ()["RANK"], process.pid
+            elif "launch.py" in " ".join(process.cmdline()):
+                yield "launcher", process.pid
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -100,34 +122,6 @@ def test_a_rank_killed_while_idle_costs_nothing_but_a_restart(model, expected, r
     assert gone([pids[rank]])
     assert relative_error(run(model), expected) < TOLERANCE
     assert "ended since the last run" in caplog.text and gone(pids.values())
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_killed_while_starting_or_loading(model, expected, rank, _round):
-    killed = []
-
-    def kill():
-        while not killed:
-            for pid in ranks_started(rank):
-                time.sleep(0.7 * (1 + _round % 5))  # importing, joining, loading
-                os.kill(pid, signal.SIGKILL)
-                killed.append(time.monotonic())
-            time.sleep(0.01)
-
-    thread = later(0, kill)
-    with pytest.raises(GroupError, match="ended without a word"):
-        run(model, **SLOW)
-    assert time.monotonic() - killed[0] < 5
-    thread.join()
-    assert relative_error(run(model), expected) < TOLERANCE
-
-
-def ranks_started(rank):
-    """Processes below this one that are workers of this rank."""
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            if process.environ().get("RANK") == str(rank) and "bootstrap.py" in " ".join(process.cmdline()):
-                yield process.pid
 
 
 @pytest.mark.parametrize(

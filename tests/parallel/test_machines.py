@@ -1,6 +1,6 @@
 """Workers on several machines, here two launchers that meet on loopback: three ranks give what one process gives.
 
-The second machine is `joiner`, which does what the README tells people to do there: torchrun in a loop.
+The second machine is `joiner`, which does what the README tells people to do there: the launcher in a loop.
 """
 
 import os
@@ -24,7 +24,7 @@ from skein.parallel import GroupError, group, release
 from skein.parallel.machines import ENDPOINT, NODES, machines
 from skein.plan import ParallelConfig
 
-BOOTSTRAP = Path(__file__).resolve().parents[2] / "worker" / "bootstrap.py"
+LAUNCHER = Path(__file__).resolve().parents[2] / "worker" / "launch.py"
 
 
 class Joiner:
@@ -33,9 +33,8 @@ class Joiner:
     def __init__(self, port, nodes=2):
         comfyui = Path(next(iter(comfy.__path__))).parent
         self.command = [
-            sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--node-rank=1",
-            "--master-addr=127.0.0.1", f"--master-port={port}", "--nproc-per-node=1", f"--log-dir={os.devnull}",
-            str(BOOTSTRAP), "--comfyui", str(comfyui), "--devices", "cpu",
+            sys.executable, str(LAUNCHER), "--join", f"127.0.0.1:{port}", f"--nnodes={nodes}", "--node-rank=1",
+            "--comfyui", str(comfyui), "--devices", "cpu",
         ]  # fmt: skip
         self.ended = False
         self.process = None
@@ -115,6 +114,7 @@ def test_two_machines(joiner, model):
         ("0", "", "SKEIN_NNODES must be a number"),
         ("2", "", "set SKEIN_RDZV_ENDPOINT to this machine's host:port"),
         ("2", "somewhere", "host:port, not 'somewhere'"),
+        ("2", "0.0.0.0:29500", "must be one address of this machine"),
     ],
 )
 def test_a_bad_environment_gets_a_sentence(nodes, endpoint, message, monkeypatch):
@@ -127,3 +127,24 @@ def test_a_bad_environment_gets_a_sentence(nodes, endpoint, message, monkeypatch
 def test_one_machine_needs_no_endpoint(monkeypatch):
     monkeypatch.delenv(NODES, raising=False)
     assert machines() == (1, "")
+
+
+def test_an_address_that_is_another_machines_gets_a_sentence(model, monkeypatch):
+    monkeypatch.setenv(NODES, "2")
+    monkeypatch.setenv(ENDPOINT, "192.0.2.1:29500")  # of no machine: RFC 5737
+    with pytest.raises(
+        ValueError, match=r"192.0.2.1:29500, where ComfyUI cannot listen \(.*\); set it to this machine's"
+    ):
+        run(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--join", "127.0.0.1:1", "--nnodes", "2", "--node-rank", "0", "--devices", "cpu"], "must be from 1 to 1"),
+        (["--nnodes", "2", "--node-rank", "1", "--devices", "cpu"], "--join"),
+    ],
+)
+def test_what_a_person_types_wrong_on_the_other_machine(arguments, sentence):
+    done = subprocess.run([sys.executable, str(LAUNCHER), *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and sentence in done.stderr

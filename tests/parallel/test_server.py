@@ -1,6 +1,7 @@
 """Context parallelism in a real ComfyUI server: previews, progress, unloading, and servers that are killed."""
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from graphs import SAMPLER, custom_sampling, frames, seeded
 from skein.demo.run import in_workers, node_id
@@ -106,6 +108,19 @@ def test_two_servers_and_one_of_them_killed(server, prompt, how, _round):
         assert gone(theirs)
     assert workers_of(server) == ours
     run(server, seed + 50)
+
+
+def test_a_server_killed_at_a_random_moment(prompt, _round):
+    """Of a prompt in workers, from their start on: they end with it."""
+    moment = random.Random(_round).uniform(0, 12)
+    with ComfyServer(comfyui_path()) as server:
+        server.submit(in_workers(seeded(prompt, 1), CPUS))
+        while len(pids := workers_of(server)) < 2:
+            time.sleep(0.05)
+        time.sleep(moment)
+        launcher = int(psutil.Process(pids[0]).ppid())
+        server.process.kill()
+        assert gone([*pids, launcher]), moment
 
 
 def test_a_full_shared_memory_folder_does_no_harm(_round):

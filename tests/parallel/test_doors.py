@@ -1,0 +1,136 @@
+"""Who may talk to the workers: nobody but ComfyUI's process. Attacks with harmless payloads."""
+
+import ipaddress
+import json
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from checkpoints import SMALL, random_model, text
+from skein import engine
+from skein.bench.errors import relative_error
+from skein.demo.sampling import sample
+from skein.parallel import group, release
+from skein.plan import CPU_PROCESSES, ParallelConfig
+
+STRANGER = Path(__file__).parent / "stranger.py"
+TWO = ParallelConfig("cpu,cpu")
+RUNS_WITHIN = 15.0  # seconds: PyTorch's rendezvous looked at what a stranger had written every five
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    with torch.inference_mode():
+        return random_model(tmp_path_factory.mktemp("checkpoints"), 2)
+
+
+@pytest.fixture(autouse=True)
+def _ended():
+    yield
+    release()
+
+
+def run(model):
+    return sample(engine.edit(model, parallel=TWO), text(7), **SMALL)
+
+
+def tree():
+    """This process, which stands for ComfyUI's, the launcher, the workers and what these have started."""
+    own = psutil.Process()
+    return [own, *own.children(recursive=True)]
+
+
+def sockets():
+    """(address, port) of everything that listens in these processes."""
+    found = [each for process in tree() for each in process.net_connections("inet")]
+    return {tuple(each.laddr) for each in found if each.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)}
+
+
+@contextmanager
+def stranger(leaves):
+    """Somebody else, who has tried all ports and still holds what connections he got."""
+    pids = [str(process.pid) for process in tree()]
+    command = [sys.executable, str(STRANGER), str(leaves), *pids]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield json.loads(process.stdout.readline())
+        process.stdin.close()
+
+
+def test_with_workers_up_everything_that_listens_is_on_the_loopback(model):
+    run(model)
+    there = sockets()
+    assert all(ipaddress.ip_address(address).is_loopback for address, _ in there), there
+
+
+def test_a_stranger_finds_no_store_and_nothing_that_he_sends_is_run(model, tmp_path):
+    expected = sample(model, text(7), **SMALL)
+    run(model)
+    pids, leaves = dict(group._group.pids), tmp_path / "payload"
+    tmp_path.chmod(0o777)
+    with stranger(leaves) as found:
+        assert found["stores"] == []
+        deadline = time.monotonic() + RUNS_WITHIN
+        while time.monotonic() < deadline and not leaves.exists():
+            assert relative_error(run(model), expected) < 2e-6
+        assert not leaves.exists()
+    assert relative_error(run(model), expected) < 2e-6 and group._group.pids == pids
+
+
+def test_strangers_at_every_port_do_not_stop_a_start(model):
+    """Connections that say nothing, or something else, from the first moment that a port is open."""
+    expected, ended, held, reached = sample(model, text(7), **SMALL), threading.Event(), [], set()
+
+    def call():
+        import socket
+
+        while not ended.is_set():
+            for address, port in sockets() - reached:
+                reached.add((address, port))
+                for said in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\x7f\xff\xff\xff", b"\xff\xff\xff\xff", b"\0\0\0\7"):
+                    try:
+                        held.append(socket.create_connection((address, port), 1))
+                        held[-1].sendall(said)
+                    except OSError:
+                        continue
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        started = time.monotonic()
+        assert relative_error(run(model), expected) < 2e-6
+        assert time.monotonic() - started < 100
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("devices", "sentence"),
+    [
+        ("cpu," * 99_999 + "cpu", f"100000 processes on the CPU; {CPU_PROCESSES} is the most"),
+        ("9" * 5000, r'devices must be "all"'),
+        ("0," * 5000 + "x", r'devices must be "all"'),
+        ("\u0661", r'devices must be "all"'),
+    ],
+)
+def test_devices_that_cannot_be_get_a_short_sentence(devices, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        ParallelConfig(devices)
+    assert len(str(error.value)) < 200
+
+
+def test_a_mistake_leaves_the_workers_where_they_are(model):
+    """One image token cannot be shared by two; text with holes cannot go through a ring."""
+    expected = sample(model, text(7), **SMALL)
+    run(model)
+    pids = dict(group._group.pids)
+    with pytest.raises(ValueError, match=r"[^.]\.$"):
+        sample(engine.edit(model, parallel=TWO), text(7), **{**SMALL, "shape": (1, 16, 1, 2, 2)})
+    assert relative_error(run(model), expected) < 2e-6 and group._group.pids == pids
