@@ -31,6 +31,7 @@ ROOM_SECONDS = 600.0
 END_SECONDS = 5.0
 LOOK_SECONDS = 0.05  # how often a wait looks at the interrupt
 AGREE_SECONDS = 5.0  # for all workers to refuse what one refuses
+ERRORS = {"RuntimeError": RuntimeError, "TypeError": TypeError}  # that all may raise alike; others are a ValueError
 FAILURES = ("gone", "error", "full")
 TELL_SECONDS = 0.5  # how long after a failure others may still tell of theirs, which may be the cause
 STATES = {  # of workers asked to
@@ -45,8 +46,11 @@ class GroupError(RuntimeError):
     """A worker failed; the message says which and how. The group has ended."""
 
 
-class Refused(ValueError):
-    """The workers refuse what they were asked, with a sentence for the user. They go on."""
+class _Refused(Exception):
+    """All workers have raised the same error, which is in `error`. They go on."""
+
+    def __init__(self, error: Exception):
+        self.error = error
 
 
 class Group:
@@ -98,13 +102,13 @@ class Group:
         else of the first. Their tensors are views of shared memory, until the next question.
 
         progress: told of what is done, as rank 0 sees it.
-        Raises Refused if all of them refuse it, GroupError if one fails or takes longer, torch.OutOfMemoryError if one
-        has no memory left, and what check_interrupt raises: the workers then finish what they are at, and the next
-        question waits for that.
+        Raises the error that all of them have raised alike (a ValueError, say), GroupError if one fails or takes
+        longer, torch.OutOfMemoryError if one has no memory left, and what check_interrupt raises: the workers then
+        finish what they are at, and the next question waits for that.
         """
         if self._waiting:
             logger.info("Skein workers: waiting for the step that was interrupted")
-            with suppress(Refused):
+            with suppress(_Refused):
                 self._answer(seconds)
         try:
             self._channels[0].send(kind, value)
@@ -112,7 +116,10 @@ class Group:
             self._fail(0, "gone")
         self._waiting, self._answers = kind, {}
         live.workers_stand(STATES[kind])
-        return self._answer(seconds, progress)
+        try:
+            return self._answer(seconds, progress)
+        except _Refused as refused:
+            raise refused.error from None
 
     def give_room(self) -> int:
         """Have the workers take their models off the devices; bytes that this frees where it frees least."""
@@ -204,8 +211,8 @@ class Group:
             return "gone", None
 
     def _refuse(self, rank: int, value: dict) -> None:
-        """All workers refuse the question, or the group ends: one that alone refuses has left the others waiting for
-        it. Raises Refused or what _fail raises."""
+        """All workers refuse the question alike, or the group ends: one that alone refuses has left the others waiting
+        for it. Raises _Refused or what _fail raises."""
         missing = set(self._channels) - {rank}
         deadline = time.monotonic() + (AGREE_SECONDS if self.setting.nodes == 1 else 0)
         while missing and (left := deadline - time.monotonic()) > 0:
@@ -214,7 +221,7 @@ class Group:
                 kind, told = self._read(ranks[connection])
                 if kind in FAILURES:
                     self._fail(ranks[connection], kind, told)
-                if kind == "refused":
+                if kind == "refused" and told == value:
                     missing.remove(ranks[connection])
                 elif kind in report.KINDS:
                     report.receive(kind, told)
@@ -222,7 +229,7 @@ class Group:
             self._fail(rank, "error", value)
         self._waiting = ""
         live.workers_stand(live.READY)
-        raise Refused(value["text"])
+        raise _Refused(ERRORS.get(value["error"], ValueError)(value["words"]))
 
     def _fail(self, rank: int | None, kind: str, value: Any = None) -> None:
         """Wait a moment for a better explanation, end all workers, and raise.

@@ -1,7 +1,7 @@
 """A worker's conversation with ComfyUI's process.
 
 Rank 0 talks to it and hands each message to the others; all then do the same. Whatever fails on any rank is told to
-ComfyUI's process, which ends the group. What all ranks refuse alike (a ValueError) is told too, and the group stays.
+ComfyUI's process, which ends the group. What all ranks refuse alike is told too, and the group stays.
 """
 
 import contextlib
@@ -69,17 +69,27 @@ def answer_question(worker: Worker, channel: Channel | None, mail: Any) -> str:
     assert kind in KINDS
     try:
         answer = getattr(worker, kind)(**value)
-    except ValueError as error:
-        if channel is None:
+    except Exception as error:
+        if channel is None or not leaves_a_worker_sound(error):
             raise
         worker.end()
-        channel.send("refused", {"text": str(error)})
+        channel.send("refused", {"text": described(error), "error": type(error).__name__, "words": str(error)})
         return kind
     if kind != "call":
         tell_memory(worker.mesh, mail)  # and so done on every rank
     if channel and (first or kind in EVERYBODY):
         channel.send("done", answer)
     return kind
+
+
+def leaves_a_worker_sound(error: Exception) -> bool:
+    """Whether a worker can go on after an error: a user's mistake or what PyTorch says of shapes, not a GPU's failure.
+    RuntimeError's subclasses are other matters: out of memory, a broken connection."""
+    return isinstance(error, ValueError) or (type(error) in (RuntimeError, TypeError) and "CUDA" not in str(error))
+
+
+def described(error: BaseException) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def hand_out(channel: Channel | None, mesh: Mesh, mail: Any) -> tuple[bytes, Tensor]:
@@ -109,9 +119,8 @@ def ended_by_failure(tell: Callable[[str, Any], None]) -> Iterator[None]:
         traceback.print_exc(file=sys.stdout)
         sys.stdout.flush()
         kind = "full" if isinstance(error, memory.OOM_EXCEPTION) else "error"
-        told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError, EOFError, RuntimeError):
-            tell(kind, {"text": told})
+            tell(kind, {"text": described(error)})
             # To be ended: leaving now would let the other ranks fail for lack of this one, and tell of that.
             time.sleep(LAST_SECONDS)
         os._exit(1)
