@@ -20,16 +20,15 @@ class Decoder:
         self.mesh = mesh
         self.vae: Any = None
 
-    def take_vae(self, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Build a VAE in the place of the one before. Raises ValueError if ComfyUI makes another of these weights."""
+    def take_vae(self, state: dict[str, Tensor], dtype: torch.dtype) -> bool:
+        """Build a VAE in the place of the one before; false, and none, if ComfyUI makes another of these weights."""
         self.vae = None
-        self.vae = vae = comfy.sd.VAE(sd=dict(state), dtype=dtype)
+        vae = comfy.sd.VAE(sd=dict(state), dtype=dtype)
         built = {} if vae.first_stage_model is None else vae.get_sd()
         if {name: value.shape for name, value in built.items()} != {name: value.shape for name, value in state.items()}:
-            raise ValueError(
-                "ComfyUI cannot build this VAE again from its weights alone; decode it on one device (its own number "
-                "in VAE Decode's devices)."
-            )
+            return False
+        self.vae = vae
+        return True
 
     def decode_strip(self, latent: Tensor, dim: int, parts: list[int], need: int) -> Tensor:
         """This rank's strip of the frames (B, T, H, W, 3), of a latent that is dealt out in these parts."""

@@ -195,7 +195,8 @@ def test_gpus_are_left_alone_where_they_cannot_decode_together(monkeypatch):
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
     assert _devices(on_gpu, DecodeConfig(devices="all")) is None
     with pytest.raises(ValueError, match="need NCCL"):
-        workers(_devices(on_gpu, DecodeConfig(devices="0,1")), SimpleNamespace(patcher=SimpleNamespace(patches={})))
+        vae = SimpleNamespace(patcher=SimpleNamespace(patches={}), first_stage_model=torch.nn.Identity())
+        workers(_devices(on_gpu, DecodeConfig(devices="0,1")), vae)
 
 
 @pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
