@@ -65,7 +65,7 @@ class VAEDecodeNode(io.ComfyNode):
     def check_lazy_status(cls, vae, mode: str, devices: str, samples: dict | None = None, **sizes: int) -> list[str]:
         """ComfyUI asks which lazy inputs to compute once it has the others: what the VAE alone tells is refused here,
         before the sampling."""
-        check(vae, DecodeConfig(mode, devices, **sizes))
+        check(vae, DecodeConfig(mode, devices, **sizes, node_id=None))
         return ["samples"]
 
     @classmethod

@@ -12,6 +12,7 @@ from comfy.utils import ProgressBar
 from torch import Tensor
 
 from ..attributes import changed
+from ..out_of_memory import is_out_of_memory
 from ..parallel.group import name_of, running_group, visible_devices
 from ..parallel.machines import machines
 from ..parallel.remote import shares, worker_setting
@@ -127,7 +128,9 @@ class _Decode(ABC):
             return self.tiled(), "in tiles"
         try:
             return self.whole(), "whole"
-        except memory.OOM_EXCEPTION:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             logger.warning("Skein VAE: there is not enough memory on %s to decode whole; in tiles now.", self.where)
         memory.soft_empty_cache()
         return self.tiled(), "in tiles, because memory ran out when whole,"

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import devices, report
+from ..out_of_memory import is_out_of_memory
 from ..parallel.exchange import join
 from ..parallel.mesh import Mesh
 from ..parallel.protocol import EVERYBODY, decode, size_of
@@ -107,7 +108,7 @@ def ended_by_failure(tell: Callable[[str, Any], None]) -> Iterator[None]:
     except BaseException as error:
         traceback.print_exc(file=sys.stdout)
         sys.stdout.flush()
-        kind = "full" if isinstance(error, memory.OOM_EXCEPTION) else "error"
+        kind = "full" if is_out_of_memory(error) else "error"
         told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError, EOFError, RuntimeError):
             tell(kind, {"text": told})

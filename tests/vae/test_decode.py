@@ -233,6 +233,18 @@ def test_without_memory_for_the_whole_it_decodes_in_tiles(wan, latent, devices, 
     assert difference(tiled, stock_tiled(wan, latent, DecodeConfig(**TILES))) < TOLERANCE
 
 
+def test_the_decoder_is_put_back_when_a_frame_cannot_be_kept(wan, latent):
+    """Not only when the garbage collector comes: the exception, which somebody may hold, keeps the loop's state."""
+    device, layers = wan.output_device, list(wan.first_stage_model.decoder.modules())
+    wan.output_device = "no such device"
+    try:
+        with pytest.raises(RuntimeError) as held:
+            decode(wan, latent, DecodeConfig("whole", "cpu"))
+    finally:
+        wan.output_device = device
+    assert held and not any("_conv_forward" in vars(layer) for layer in layers)
+
+
 def refused(change, config, latent, name="Wan 2.1"):
     vae = vaes.vae(name)
     for attribute, value in change.items():
