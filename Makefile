@@ -15,6 +15,7 @@ demo:
 	@$(DEV) -m demo.run $(if $(DEVICES),--devices $(DEVICES))
 test:
 	@$(PYTHON) scripts/browser.py >&2
+	@$(PYTHON) scripts/comfy_cli.py >&2
 	@$(DEV) -m pytest
 lint:
 	@$(DEV) -m ruff check .

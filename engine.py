@@ -146,7 +146,7 @@ def _attending(config: AttentionConfig | None, guider, sharding: Sharding | None
         winner = "it runs" if config.kernel == "stock" else "Skein's runs in the blocks; kernel stock would leave them"
         logger.info("Skein attention: another node has set an attention of its own; %s.", winner)
     selection = Selection(config, _stock_attention(before, transformer_options), say=partial(note, "attention"))
-    hook = AttentionHook(selection, config.trim_text, sharding.around if sharding else lambda attend: attend)
+    hook = AttentionHook(selection, config.trim_text, sharding.around if sharding else lambda attend, exact: attend)
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, hook.around_model, transformer_options)
     transformer_options[OVERRIDE] = override if before is None else _chained(before)
     yield

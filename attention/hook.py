@@ -17,15 +17,16 @@ from .op import attention as attention_op
 from .selection import Selection
 from .text import without_padding
 
-Around = Callable[[Attend], Attend]
+Around = Callable[[Attend, bool], Attend]
 ROPE_KEY = "skein_rope"  # rotary factors that a block has left to its attention, in transformer_options
 
 
 class AttentionHook:
     """The attention of one run: its kernels, and whether padded text is cut."""
 
-    def __init__(self, selection: Selection, trim_text: bool, around: Around = lambda attend: attend):
-        """around: what stands around the kernels, such as an exchange with other processes."""
+    def __init__(self, selection: Selection, trim_text: bool, around: Around = lambda attend, exact: attend):
+        """around: what stands around the kernels, such as an exchange with other processes. It is told whether they are
+        exact in this call."""
         self.selection = selection
         self.trim_text = trim_text
         self.around = around
@@ -39,7 +40,7 @@ class AttentionHook:
             call.arguments.update(arguments)
             return execute(*call.args, **call.kwargs)
 
-        with active(self.around(partial(self.selection.attend, exact=exact))):
+        with active(self.around(partial(self.selection.attend, exact=exact), exact)):
             if self.trim_text:
                 return without_padding(run, dict(call.arguments))
             return execute(*args, **kwargs)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..out_of_memory import is_out_of_memory
 from .kernels import Problem
 from .kernels.flash3 import FLASH3, run_with_lse
 from .kernels.kernel import Kernel
@@ -31,9 +32,9 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, spare: int = 0) -> tuple
             continue
         try:
             return run(q, k, v, spare)
-        except torch.OutOfMemoryError:
-            raise  # says nothing about what the kernel can do
         except Exception as error:  # its package may raise anything, where it was built for another PyTorch
+            if is_out_of_memory(error):
+                raise  # says nothing about what the kernel can do
             _failed.add(case)
             why = str(error).partition("\n")[0]
             logger.warning("Skein attention: %s failed in a ring and is not used there again (%s)", kernel.label, why)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..out_of_memory import is_out_of_memory
 from ..plan import AttentionConfig
 from .kernels import KERNELS, Kernel, Problem, plain_attention
 
@@ -135,9 +136,9 @@ class Selection:
         """Within: what a kernel raises ends its use; its package may raise anything. Out of memory is raised again."""
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             self._give_up(kernel, f"{type(error).__name__}: {error}")
 
     def _give_up(self, kernel: Kernel, why: str) -> None:

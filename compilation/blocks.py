@@ -19,6 +19,7 @@ from torch import nn
 
 from ..attention import ROPE_KEY, override
 from ..models import WARM_UP_KEY, BlockKey, call_options
+from ..out_of_memory import is_out_of_memory
 from ..plan import CompileConfig
 
 logger = logging.getLogger("skein")
@@ -163,7 +164,7 @@ class CompiledBlocks:
     def _handle(self, error: Exception, key: BlockKey) -> None:
         """Note a failure of the compiler; anything else is raised again."""
         inner = getattr(error, "inner_exception", None)
-        if isinstance(inner, torch.OutOfMemoryError):
+        if isinstance(inner, Exception) and is_out_of_memory(inner):
             raise inner from error
         if not isinstance(error, _compiler_errors()):
             raise error

@@ -53,9 +53,11 @@ def free_port() -> int:
 class ComfyServer:
     """Context manager: starts the server on a free loopback port, waits until it answers, and ends it."""
 
-    def __init__(self, comfyui: Path, arguments: tuple[str, ...] = ()):
+    def __init__(self, comfyui: Path, arguments: tuple[str, ...] = (), pack: Path = ROOT, name: str = "skein"):
+        """pack: this pack's folder, or another copy of it. name: what it is called among the custom nodes."""
         self.comfyui = comfyui
         self.arguments = arguments
+        self.pack, self.name = pack, name
         self.client_id = uuid.uuid4().hex
         self.base = Path(tempfile.mkdtemp(prefix="skein-comfyui-"))
         self.log = self.base / "server.log"
@@ -64,7 +66,7 @@ class ComfyServer:
     def __enter__(self) -> "ComfyServer":
         for folder in ("custom_nodes", "models", "input", "output", "user"):
             (self.base / folder).mkdir()
-        (self.base / "custom_nodes" / "skein").symlink_to(ROOT, target_is_directory=True)
+        (self.base / "custom_nodes" / self.name).symlink_to(self.pack, target_is_directory=True)
         self.port = free_port()
         command = [
             sys.executable, str(self.comfyui / "main.py"), "--listen", "127.0.0.1", "--port", str(self.port),

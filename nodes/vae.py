@@ -2,8 +2,9 @@
 
 from comfy_api.latest import io
 
+from ..parallel.group import visible_devices
 from ..plan import DECODE_MODES, DecodeConfig
-from ..vae.decode import decode
+from ..vae.decode import check, decode
 
 DEFAULTS = DecodeConfig()
 
@@ -27,7 +28,7 @@ class VAEDecodeNode(io.ComfyNode):
                 "On one GPU it is VAE Decode with faster norms and attention, a progress bar and an interrupt."
             ),
             inputs=[
-                io.Latent.Input("samples", tooltip="The latent to decode."),
+                io.Latent.Input("samples", tooltip="The latent to decode.", lazy=True),  # see check_lazy_status
                 io.Vae.Input("vae", tooltip="The VAE of HunyuanVideo, HunyuanVideo 1.5 or Wan; others share tiles."),
                 io.Combo.Input(
                     "mode",
@@ -50,6 +51,24 @@ class VAEDecodeNode(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, devices: str | None = None) -> bool | str:
+        """When the prompt is queued: whether the devices are there. None: they come by a link."""
+        try:
+            config = DecodeConfig(devices=devices or DEFAULTS.devices)
+            if config.device_names != ["all"]:
+                visible_devices(config.device_names)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def check_lazy_status(cls, vae, mode: str, devices: str, samples: dict | None = None, **sizes: int) -> list[str]:
+        """ComfyUI asks which lazy inputs to compute once it has the others: what the VAE alone tells is refused here,
+        before the sampling."""
+        check(vae, DecodeConfig(mode, devices, **sizes, node_id=None))
+        return ["samples"]
+
+    @classmethod
     def execute(cls, samples: dict, vae, mode: str, devices: str, **sizes: int) -> io.NodeOutput:
         frames = decode(vae, samples["samples"], DecodeConfig(mode, devices, **sizes, node_id=cls.hidden.unique_id))
-        return io.NodeOutput(frames.flatten(0, -4))
+        return io.NodeOutput(frames.flatten(0, 1) if frames.ndim == 5 else frames)

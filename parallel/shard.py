@@ -88,11 +88,13 @@ class Sharding:
             whole = self.mesh.gather_tokens(image[:, text:], call.tokens)
         return {**out, "img": torch.cat((image[:, :text], whole), dim=1) if text else whole}
 
-    def around(self, attention: Attention) -> Attention:
-        """The attention over all ranks' tokens by one over those at hand."""
-        return partial(self._attend, attention)
+    def around(self, attention: Attention, exact: bool) -> Attention:
+        """The attention over all ranks' tokens by one over those at hand. exact: no 8-bit kernel is among these."""
+        return partial(self._attend, attention, exact)
 
-    def _attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(
+        self, attention: Attention, exact: bool, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> Tensor:
         """Attention over all ranks' tokens by `attention`, of this rank's (B, H, T + s, D) as (B, T + s, H, D).
 
         mask: added to the scores, over the keys of all ranks: (1 or B, 1, T + S).
@@ -113,8 +115,9 @@ class Sharding:
 
         if len(possible) == 1:
             return run(possible[0])
-        # Not this rank's share. A mask has arrangements of its own to choose from.
-        problem = (q.shape[0], q.shape[1], q.shape[3], q.dtype, call.text, sum(call.tokens), mask is not None)
+        # Not this rank's share; not the text, which is another with each prompt and short. A mask has arrangements of
+        # its own to choose from, and an 8-bit kernel is faster than the exact one that a ring runs.
+        problem = (q.shape[0], q.shape[1], q.shape[3], q.dtype, sum(call.tokens), mask is not None, exact)
         need = TRIAL_BYTES * q.numel() * q.element_size()
         return run(mesh.fastest(possible, problem, need, run))
 

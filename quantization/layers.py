@@ -10,6 +10,7 @@ from torch import nn
 
 from ..float8 import FP8
 from ..models import TEXT_ENCODER_KEEPS, find_stack
+from ..out_of_memory import is_out_of_memory
 from ..patchers import refuse_code, refuse_multigpu
 from ..plan import FP8Config
 from .linear import MULTIPLE, QuantizedLinear
@@ -49,9 +50,9 @@ def supported_mode(mode: str, device: torch.device) -> str:
         try:
             ones = torch.ones(32, 32, device=device, dtype=torch.bfloat16)
             QuantizedLinear(ones, None, candidate)(ones)
-        except torch.OutOfMemoryError:
-            raise  # says nothing about what the device can do
         except (RuntimeError, ValueError) as error:  # a product that the device lacks: the type differs by version
+            if is_out_of_memory(error):
+                raise  # says nothing about what the device can do
             logger.info("Skein FP8: %s cannot run on %s (%s)", candidate, device, str(error).partition("\n")[0])
             continue
         return candidate

@@ -3,7 +3,7 @@
 import logging
 import time
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import comfy.model_management as memory
@@ -12,9 +12,10 @@ from comfy.utils import ProgressBar
 from torch import Tensor
 
 from ..attributes import changed
+from ..out_of_memory import is_out_of_memory
 from ..parallel.group import name_of, running_group, visible_devices
 from ..parallel.machines import machines
-from ..parallel.remote import shares
+from ..parallel.remote import shares, worker_setting
 from ..plan import DecodeConfig
 from ..report import show
 from . import remote
@@ -28,19 +29,58 @@ logger = logging.getLogger("skein")
 
 
 def decode(vae: Any, latent: Tensor, config: DecodeConfig) -> Tensor:
-    """Frames (B, T, H, W, 3), or images (B, H, W, 3), of a latent. Raises ValueError on what cannot be decoded so."""
+    """Frames (B, T, H, W, 3), or images (B, H, W, 3), of a latent. Where the devices cannot share the decode, ComfyUI's
+    own process does what VAE Decode does if they are "all"; raises ValueError if they were named."""
     vae.throw_exception_if_invalid()
     if latent.is_nested:
         latent = latent.unbind()[0]
-    if vae.latent_dim == 1 or vae.extra_1d_channel is not None or vae.output_channels == 2:
-        raise ValueError("This VAE decodes sound, not pictures; use VAE Decode Audio.")
-    started, devices = time.perf_counter(), _devices(vae, config)
-    run = _Alone(vae, latent, config) if devices is None else _Shared(vae, latent, config, devices)
+    started = time.perf_counter()
+    run, reason = _run(vae, latent, config)
     frames, how = run.decode()
-    told = f"{how} on {run.where}, {time.perf_counter() - started:.1f} s"
+    told = f"{how} on {run.where}, {time.perf_counter() - started:.1f} s{reason}"
     logger.info("Skein VAE: %s", told)
     show(config.node_id, told)
     return frames
+
+
+def check(vae: Any, config: DecodeConfig) -> None:
+    """Raises ValueError on a decode that is refused whatever the latent."""
+    vae.throw_exception_if_invalid()
+    devices = _devices(vae, config)
+    if devices is not None and config.device_names != ["all"]:
+        _refuse(vae, config, len(devices))
+        worker_setting(devices, (0, 0))
+
+
+def _run(vae: Any, latent: Tensor, config: DecodeConfig) -> tuple["_Decode", str]:
+    """How to decode, and why by ComfyUI's own process where others were to share it."""
+    devices = _devices(vae, config)
+    if devices is None:
+        return _Alone(vae, latent, config), ""
+    try:
+        return _Shared(vae, latent, config, devices), ""
+    except remote.CannotShare as error:
+        if config.device_names != ["all"]:
+            raise
+        return _Alone(vae, latent, config), f" ({error.reason})"
+
+
+def _refuse(vae: Any, config: DecodeConfig, world: int, latent: Tensor | None = None) -> None:
+    """Raises CannotShare if so many devices cannot share a decode, as far as that is known without a latent."""
+    if vae.latent_dim == 1 or vae.extra_1d_channel is not None or vae.output_channels == 2:
+        raise remote.CannotShare("This VAE decodes sound, not pictures", "use VAE Decode Audio")
+    if vae.latent_dim != 3 or (latent is not None and latent.ndim != 5):
+        raise remote.CannotShare("This VAE decodes single images, which several devices cannot share")
+    remote.refuse(vae)
+    family = family_of(vae)
+    if family is None and getattr(vae, "handles_tiling", False):
+        raise remote.CannotShare("This VAE tiles by itself, which several devices cannot share")
+    if config.mode == "whole" and family is None:
+        model = type(vae.first_stage_model).__name__
+        raise remote.CannotShare(f"The frames of a {model} cannot be cut", "set mode to tiled")
+    side = world if latent is None else max(latent.shape[-2:])
+    if config.mode == "whole" and side < world:
+        raise remote.CannotShare(f"The frame is {side} latent columns long, too few for {world} devices", "name fewer")
 
 
 def _devices(vae: Any, config: DecodeConfig) -> tuple[str, ...] | None:
@@ -88,7 +128,9 @@ class _Decode(ABC):
             return self.tiled(), "in tiles"
         try:
             return self.whole(), "whole"
-        except memory.OOM_EXCEPTION:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             logger.warning("Skein VAE: there is not enough memory on %s to decode whole; in tiles now.", self.where)
         memory.soft_empty_cache()
         return self.tiled(), "in tiles, because memory ran out when whole,"
@@ -134,10 +176,11 @@ class _Alone(_Decode):
         bar = ProgressBar(latent.shape[0] * vae.upscale_ratio[0](latent.shape[2]))
         strip, out = Strip(-1, (latent.shape[-1],)), None
         interrupted = memory.throw_exception_if_processing_interrupted
-        for i, frames in enumerate(frames_of(vae, latent, strip, interrupted, bar.update)):
-            if out is None:
-                out = torch.empty((len(latent), *frames.shape), dtype=frames.dtype, device=vae.output_device)
-            out[i].copy_(frames)
+        with closing(frames_of(vae, latent, strip, interrupted, bar.update)) as videos:
+            for i, frames in enumerate(videos):
+                if out is None:
+                    out = torch.empty((len(latent), *frames.shape), dtype=frames.dtype, device=vae.output_device)
+                out[i].copy_(frames)
         assert out is not None
         return out
 
@@ -184,17 +227,8 @@ class _Shared(_Decode):
     def __init__(self, vae: Any, latent: Tensor, config: DecodeConfig, devices: tuple[str, ...]):
         super().__init__(vae, latent, config, ", ".join(devices), len(devices))
         self.devices = devices
-        if latent.ndim != 5 or vae.latent_dim != 3:
-            raise ValueError(f"This VAE decodes single images, which several devices cannot share; {remote.ALONE}.")
-        if self.family is None and getattr(vae, "handles_tiling", False):
-            raise ValueError(f"This VAE tiles by itself, which several devices cannot share; {remote.ALONE}.")
-        if config.mode == "whole" and self.family is None:
-            raise ValueError(
-                f"The frames of a {type(vae.first_stage_model).__name__} cannot be cut; set mode to tiled."
-            )
-        if config.mode == "whole" and not self._wide_enough:
-            side = max(latent.shape[-2:])
-            raise ValueError(f"The frame is {side} latent columns long, too few for {self.world} devices; name fewer.")
+        _refuse(vae, config, len(devices), latent)
+        remote.workers(devices, vae)  # who may be unable to build the VAE
 
     @property
     def _wide_enough(self) -> bool:

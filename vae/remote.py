@@ -24,21 +24,42 @@ from .tiles import Tiling, blended, tiles_of
 logger = logging.getLogger("skein")
 
 ALONE = "name ComfyUI's own device in VAE Decode's devices, to decode as it does"
+_other_from_weights: weakref.WeakSet[Any] = weakref.WeakSet()  # models of VAEs that workers could not build
+
+
+class CannotShare(ValueError):
+    """Workers cannot decode this: the reason, and what the user can do about it where the devices were named."""
+
+    def __init__(self, reason: str, advice: str = ALONE):
+        super().__init__(f"{reason}; {advice}.")
+        self.reason = reason
+
+
+def refuse(vae: Any) -> None:
+    """Raises CannotShare if it is known that workers cannot have this VAE."""
+    if machines()[0] > 1:
+        raise CannotShare("Workers on several machines do not decode")
+    if vae.patcher.patches:
+        raise CannotShare("A patched VAE cannot go to the workers")
+    if vae.first_stage_model in _other_from_weights:
+        raise CannotShare("ComfyUI cannot build this VAE again from its weights alone")
 
 
 def workers(devices: tuple[str, ...], vae: Any) -> Group:
-    """Workers on these devices that have this VAE: those that run, with whatever else they have, or new ones."""
-    if machines()[0] > 1:
-        raise ValueError(f"Workers on several machines do not decode; {ALONE}.")
-    if vae.patcher.patches:
-        raise ValueError(f"A patched VAE cannot go to the workers; {ALONE}.")
+    """Workers on these devices that have this VAE: those that run, with whatever else they have, or new ones.
+
+    Raises CannotShare if they cannot have it.
+    """
+    refuse(vae)
     group = running_group(devices)
     if group is None:
         setting = worker_setting(devices, (0, 0))
         group = group_for(setting, memory.throw_exception_if_processing_interrupted)
     if group.vae is None or group.vae() is not vae.first_stage_model:
         group.vae = None
-        group.ask("take_vae", {"state": vae.get_sd(), "dtype": vae.vae_dtype}, LOAD_SECONDS)
+        if not group.ask("take_vae", {"state": vae.get_sd(), "dtype": vae.vae_dtype}, LOAD_SECONDS):
+            _other_from_weights.add(vae.first_stage_model)
+            refuse(vae)
         group.vae = weakref.ref(vae.first_stage_model)
     return group
 

@@ -3,7 +3,7 @@
 B batch, T frames of the video, H and W its height and width (of the strip).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from .strip import Strip
 
 def frames_of(
     vae: Any, latent: Tensor, strip: Strip, before: Callable[[], None], frames: Callable[[int], None]
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """The strip of each video of the batch in turn, (T, H, W, 3) on the VAE's device, values 0 to 1.
 
     The VAE is loaded, and of a family that can be cut. before, frames: see layers.computing.

@@ -1,5 +1,6 @@
 """A worker's VAE: built from the weights that ComfyUI's process sends, it decodes this rank's strip or tile."""
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management as memory
@@ -16,23 +17,26 @@ from ..vae.whole import frames_of, pixels_of, quick
 class Decoder:
     """The VAE of this rank. Only the pixels of this rank leave it."""
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, mesh: Mesh, end_run: Callable[[], object]):
+        """end_run: ends a sampling run that an interrupt has left open, with the hidden states that it keeps."""
         self.mesh = mesh
+        self.end_run = end_run
         self.vae: Any = None
 
-    def take_vae(self, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Build a VAE in the place of the one before. Raises ValueError if ComfyUI makes another of these weights."""
+    def take_vae(self, state: dict[str, Tensor], dtype: torch.dtype) -> bool:
+        """Build a VAE in the place of the one before; false, and none, if ComfyUI makes another of these weights."""
+        self.end_run()
         self.vae = None
-        self.vae = vae = comfy.sd.VAE(sd=dict(state), dtype=dtype)
+        vae = comfy.sd.VAE(sd=dict(state), dtype=dtype)
         built = {} if vae.first_stage_model is None else vae.get_sd()
         if {name: value.shape for name, value in built.items()} != {name: value.shape for name, value in state.items()}:
-            raise ValueError(
-                "ComfyUI cannot build this VAE again from its weights alone; decode it on one device (its own number "
-                "in VAE Decode's devices)."
-            )
+            return False
+        self.vae = vae
+        return True
 
     def decode_strip(self, latent: Tensor, dim: int, parts: list[int], need: int) -> Tensor:
         """This rank's strip of the frames (B, T, H, W, 3), of a latent that is dealt out in these parts."""
+        self.end_run()
         memory.load_models_gpu([self.vae.patcher], memory_required=need, force_full_load=self.vae.disable_offload)
         strip = Strip(dim, tuple(parts), self.mesh.rank)
         frames = torch.stack(list(frames_of(self.vae, latent, strip, lambda: None, report.progress)))
@@ -44,6 +48,7 @@ class Decoder:
 
         last: whether these are a decode's last tiles.
         """
+        self.end_run()
         pixels = None
         if self.mesh.rank < len(latents):
             memory.load_models_gpu([self.vae.patcher], memory_required=need, force_full_load=self.vae.disable_offload)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import devices, report
+from ..out_of_memory import is_out_of_memory
 from ..parallel.exchange import join
 from ..parallel.mesh import Mesh
 from ..parallel.protocol import EVERYBODY, decode, size_of
@@ -85,7 +86,8 @@ def answer_question(worker: Worker, channel: Channel | None, mail: Any) -> str:
 def leaves_a_worker_sound(error: Exception) -> bool:
     """Whether a worker can go on after an error: a user's mistake or what PyTorch says of shapes, not a GPU's failure.
     RuntimeError's subclasses are other matters: out of memory, a broken connection."""
-    return isinstance(error, ValueError) or (type(error) in (RuntimeError, TypeError) and "CUDA" not in str(error))
+    mistake = type(error) in (RuntimeError, TypeError) and "CUDA" not in str(error)
+    return isinstance(error, ValueError) or (mistake and not is_out_of_memory(error))
 
 
 def described(error: BaseException) -> str:
@@ -118,7 +120,7 @@ def ended_by_failure(tell: Callable[[str, Any], None]) -> Iterator[None]:
     except BaseException as error:
         traceback.print_exc(file=sys.stdout)
         sys.stdout.flush()
-        kind = "full" if isinstance(error, memory.OOM_EXCEPTION) else "error"
+        kind = "full" if is_out_of_memory(error) else "error"
         with contextlib.suppress(OSError, EOFError, RuntimeError):
             tell(kind, {"text": described(error)})
             # To be ended: leaving now would let the other ranks fail for lack of this one, and tell of that.

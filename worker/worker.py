@@ -41,7 +41,8 @@ class Worker:
         self.plan = Plan()
         self.reserved: float | None = None  # bytes left free for calls; None: the model has not been loaded in this run
         self.run = contextlib.ExitStack()
-        self.decoder = Decoder(mesh)
+        self.open = False  # whether a run has begun that has not ended
+        self.decoder = Decoder(mesh, lambda: self.open and self.end())
         self.take_vae, self.decode_tile = self.decoder.take_vae, self.decoder.decode_tile
         self.decode_strip = self.decoder.decode_strip
 
@@ -70,7 +71,7 @@ class Worker:
         self.plan, self.reserved = plan_from(plan), None
         with contextlib.ExitStack() as run:
             run.enter_context(engine.applied(self.plan, self.guider, self.mesh))
-            self.run = run.pop_all()
+            self.run, self.open = run.pop_all(), True
         weights = self.guider.model_patcher.model_size()
         return {"weights": weights, "spare": room(self.mesh.device) - weights}
 
@@ -108,7 +109,7 @@ class Worker:
 
         Tells what exchanges between ranks took, and what this rank had of the device's memory since the last end.
         """
-        run, self.run = self.run, contextlib.ExitStack()
+        run, self.run, self.open = self.run, contextlib.ExitStack(), False
         run.close()
         told = {"exchange_s": self.mesh.exchange_seconds(), **devices.peaks_of(self.mesh.device)}
         memory.soft_empty_cache()

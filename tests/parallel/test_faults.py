@@ -129,6 +129,12 @@ def test_a_rank_killed_while_idle_costs_nothing_but_a_restart(model, expected, r
     [
         ("RuntimeError", GroupError, r"Worker 1 \(\w+\) failed: RuntimeError: broken for the test"),
         ("OutOfMemoryError", torch.OutOfMemoryError, r"Worker 1 \(\w+\) ran out of memory"),
+        pytest.param(
+            "AcceleratorError",
+            torch.OutOfMemoryError,
+            r"Worker 1 \(\w+\) ran out of memory",
+            marks=pytest.mark.skipif(not hasattr(memory, "is_oom"), reason="this ComfyUI does not know it either"),
+        ),
     ],
 )
 def test_one_rank_alone_fails(model, expected, kind, error, message, _round, monkeypatch):

@@ -10,14 +10,16 @@ from skein.attention import attention_with_lse
 from skein.parallel import ring
 from skein.parallel.exchange import BLOCKS
 from skein.parallel.mesh import Mesh
+from skein.parallel.shard import Sharding
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
 @pytest.fixture
 def mesh(request):
-    """One with as many ranks in a ring, of which this is the first."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
-    yield Mesh(torch.device("cpu"), (1, request.param), timedelta(seconds=1))
+    """One with as many ranks in a ring, of which this is the first; or ranks, and degrees that are left open."""
+    world, degrees = request.param if isinstance(request.param, tuple) else (request.param, (1, request.param))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    yield Mesh(torch.device("cpu"), degrees, timedelta(seconds=1))
     dist.destroy_process_group()
 
 
@@ -46,3 +48,43 @@ def test_a_run_that_is_disturbed_once_does_not_decide_which_arrangement_is_the_f
         return torch.empty(0)
 
     assert mesh.fastest(["quick", "slow"], ("a size",), 0, run) == "quick"
+
+
+@pytest.mark.parametrize("mesh", [(2, (0, 0))], indirect=True)
+def test_arrangements_are_tried_once_for_a_size_whatever_the_text_and_again_for_8_bit(mesh, monkeypatch):
+    """A ring runs no 8-bit kernel: here it is the faster of two exact ones, and the slower beside one of 8 bits."""
+    ran = []
+
+    def attend_in(self, arrangement, call, attention, q, k, v, mask):
+        in_a_ring = arrangement.ring_size > 1
+        ran.append("ring" if in_a_ring else "Ulysses")
+        time.sleep(0.002 if in_a_ring else 0.006 if attention == "exact" else 0.0005)
+        return torch.empty(0)
+
+    monkeypatch.setattr(Sharding, "_attend_in", attend_in)
+    monkeypatch.setattr("skein.parallel.mesh.TRIAL_SECONDS", 0.02)
+    sharding, chosen = Sharding(mesh, 4), []
+
+    def call(text, attention):
+        """How many attentions a call runs, and how its own runs."""
+        ran.clear()
+        tokens = text + 6
+        q = torch.zeros(1, 4, tokens, 8)
+        args = {
+            "img": torch.zeros(1, 12, 32),
+            "txt": torch.zeros(1, text, 32),
+            "pe": torch.zeros(1, 1, text + 12, 4, 2, 2),
+        }
+
+        def block(args):
+            sharding.around(attention, attention == "exact")(q, q, q, None)
+            return args
+
+        sharding.first_block(args, block)
+        chosen.append(ran[-1])
+        return len(ran)
+
+    assert call(7, "exact") > 1 and call(7, "exact") == 1
+    assert call(9, "exact") == 1 and call(256, "exact") == 1  # other prompts
+    assert call(9, "8-bit") > 1 and call(7, "8-bit") == 1 and call(7, "exact") == 1
+    assert chosen == ["ring"] * 4 + ["Ulysses"] * 2 + ["ring"]

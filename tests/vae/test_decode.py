@@ -21,6 +21,7 @@ from skein.plan import DecodeConfig, ParallelConfig
 from skein.vae.decode import _devices, decode
 from skein.vae.remote import workers
 from skein.vae.tiles import tiling_of
+from skein.vae.whole import frames_of
 
 TOLERANCE = 1e-4
 TILES = dict(tile_size=64, overlap=16, temporal_size=8, temporal_overlap=4)
@@ -195,7 +196,8 @@ def test_gpus_are_left_alone_where_they_cannot_decode_together(monkeypatch):
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
     assert _devices(on_gpu, DecodeConfig(devices="all")) is None
     with pytest.raises(ValueError, match="need NCCL"):
-        workers(_devices(on_gpu, DecodeConfig(devices="0,1")), SimpleNamespace(patcher=SimpleNamespace(patches={})))
+        vae = SimpleNamespace(patcher=SimpleNamespace(patches={}), first_stage_model=torch.nn.Identity())
+        workers(_devices(on_gpu, DecodeConfig(devices="0,1")), vae)
 
 
 @pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
@@ -230,6 +232,21 @@ def test_without_memory_for_the_whole_it_decodes_in_tiles(wan, latent, devices, 
         again = decode(wan, latent, DecodeConfig("whole", devices, **TILES))
     assert torch.equal(tiled, again) and "memory ran out" in caplog.text
     assert difference(tiled, stock_tiled(wan, latent, DecodeConfig(**TILES))) < TOLERANCE
+
+
+def test_the_decoder_is_put_back_when_a_frame_cannot_be_kept(wan, latent, monkeypatch):
+    """At once, whoever still holds the frames, and not when the garbage collector comes to them."""
+    layers, held = list(wan.first_stage_model.decoder.modules()), []
+
+    def holding(*arguments):
+        held.append(frames_of(*arguments))
+        return held[0]
+
+    monkeypatch.setattr("skein.vae.decode.frames_of", holding)
+    monkeypatch.setattr(wan, "output_device", "no such device")
+    with pytest.raises(RuntimeError, match="no such device"):
+        decode(wan, latent, DecodeConfig("whole", "cpu"))
+    assert held and not any("_conv_forward" in vars(layer) for layer in layers)
 
 
 def refused(change, config, latent, name="Wan 2.1"):

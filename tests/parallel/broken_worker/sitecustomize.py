@@ -1,6 +1,6 @@
 """On a worker's PYTHONPATH: makes one rank's model calls fail, without a line for it in the worker.
 
-SKEIN_BREAK names the rank and the exception: "1:RuntimeError", "1:OutOfMemoryError".
+SKEIN_BREAK names the rank and the exception: "1:RuntimeError", "1:OutOfMemoryError", "1:AcceleratorError".
 """
 
 import importlib.abc
@@ -29,6 +29,8 @@ class Breaker(importlib.abc.MetaPathFinder):
 def fail(self, *args, **kwargs):
     import torch
 
+    if kind == "AcceleratorError":
+        raise torch.AcceleratorError("CUDA error: out of memory")
     raise {"OutOfMemoryError": torch.OutOfMemoryError, "RuntimeError": RuntimeError}[kind]("broken for the test")
 
 

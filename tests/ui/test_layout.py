@@ -1,0 +1,80 @@
+"""Nodes of the shipped workflows stand apart on the canvas: in both renderers, with advanced inputs hidden or shown,
+and with the status line that a run adds to a node."""
+
+import json
+from itertools import combinations
+
+import pytest
+from comfy_page import ComfyPage
+from PIL import Image
+
+import workflows
+
+STATUS = 60  # pixels of height that a status line takes
+CLASSIC, VUE = "classic", "vue"
+# title -> [left, top, right, bottom], in pixels of the canvas at a scale of 1, the title bar included.
+RECTANGLES = {
+    CLASSIC: """() => Object.fromEntries(app.graph.nodes.map((node) => {
+      const least = node.computeSize(), [x, y] = node.pos;
+      const width = Math.max(node.size[0], least[0]), height = Math.max(node.size[1], least[1]);
+      return [`${node.id} ${node.title}`, [x, y - LiteGraph.NODE_TITLE_HEIGHT, x + width, y + height]];
+    }))""",
+    VUE: """() => Object.fromEntries(app.graph.nodes.map((node) => {
+      const box = document.querySelector(`[data-node-id="${node.id}"]`).getBoundingClientRect();
+      const sides = [box.left, box.top, box.right, box.bottom].map((side) => side / app.canvas.ds.scale);
+      return [`${node.id} ${node.title}`, sides];
+    }))""",
+}
+DRAWN = (
+    '() => app.graph.nodes.every((node) => document.querySelector(`[data-node-id="${node.id}"]`)?.offsetHeight > 30)'
+)
+TOGGLE = "() => app.graph.nodes.filter((n) => n.widgets?.some((w) => w.advanced)).forEach((n) => n.toggleAdvanced())"
+
+
+@pytest.fixture(scope="module", params=[CLASSIC, VUE])
+def comfy(request, browser, ui_server):
+    version = ui_server.get("/system_stats")["system"]["comfyui_version"]
+    if tuple(map(int, version.split(".")[:2])) < (0, 30):
+        pytest.skip("older front ends draw Vue nodes differently, and know no advanced inputs")
+    Image.new("RGB", (640, 360)).save(ui_server.base / "input" / "example.png")  # what image-to-video starts from
+    with ComfyPage(browser, ui_server, {"Comfy.VueNodes.Enabled": request.param == VUE}) as page:
+        page.page.set_viewport_size({"width": 2400, "height": 1400})
+        page.renderer = request.param
+        yield page
+
+
+def show(comfy, name, advanced):
+    """Open a workflow; the rectangles of its nodes."""
+    page = comfy.page
+    comfy.open_workflow(json.loads((workflows.UI / f"{name}.json").read_text()))
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    if comfy.renderer == VUE:
+        page.wait_for_function(DRAWN)
+    page.wait_for_timeout(1000)  # pictures, and the nodes' own measurements
+    if advanced and comfy.renderer == VUE:
+        for button in page.get_by_test_id("advanced-inputs-button").all():
+            button.dispatch_event("click")
+    elif advanced:
+        page.evaluate(TOGGLE)
+    page.wait_for_timeout(500)
+    comfy.screenshot(f"layout-{name}-{comfy.renderer}{'-advanced' if advanced else ''}")
+    return page.evaluate(RECTANGLES[comfy.renderer])
+
+
+def overlap(one, other):
+    """Pixels that two rectangles share, across and down, each with its status line."""
+    across = min(one[2], other[2]) - max(one[0], other[0])
+    down = min(one[3], other[3]) + STATUS - max(one[1], other[1])
+    return (round(across), round(down)) if across > 0 and down > 0 else None
+
+
+@pytest.mark.parametrize("advanced", [False, True], ids=["", "advanced"])
+@pytest.mark.parametrize("name", workflows.names())
+def test_no_two_nodes_overlap(comfy, name, advanced):
+    nodes = show(comfy, name, advanced)
+    assert len(nodes) == len(json.loads((workflows.UI / f"{name}.json").read_text())["nodes"])
+    shared = {(a, b): overlap(nodes[a], nodes[b]) for a, b in combinations(nodes, 2)}
+    assert {pair: size for pair, size in shared.items() if size} == {}
+    if advanced and comfy.renderer == VUE:  # they are really shown; the classic canvas shows them always
+        before = show(comfy, name, False)
+        assert sum(box[3] - box[1] for box in nodes.values()) > sum(box[3] - box[1] for box in before.values()) + 40
