@@ -25,10 +25,11 @@ from .attention import AttentionHook, Selection, override
 from .cache import CacheHook, FirstBlockCache
 from .compilation import CompiledBlocks, compile_settings
 from .estimate import Load, advice
+from .files import files_of
 from .models import BlockKey, find_stack
 from .parallel import Mesh, Sharding, delegated, visible_devices
 from .parallel.machines import machines
-from .patchers import only_for, plain, refuse_late_code, refuse_multigpu
+from .patchers import PLAIN_KEY, TWIN_KEY, keep, only_for, plain, refuse_late_code, refuse_multigpu
 from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
 from .quantization import quantized
 from .report import begin, note, publish, show
@@ -48,8 +49,13 @@ OVERRIDE = "optimized_attention_override"
 
 def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
     """A clone of the model whose plan has the given fields replaced, e.g. `edit(model, cache=CacheConfig())`."""
+    files_of(patcher)  # noted while they are what ComfyUI has just loaded
     clone = patcher.clone()
-    clone.set_attachments(PLAN_KEY, replace(plan_of(patcher), **changes))
+    plan = replace(plan_of(patcher), **changes)
+    clone.set_attachments(PLAN_KEY, plan)
+    for key, wanted in ((TWIN_KEY, plan.fp8), (PLAIN_KEY, plan.fp8 or plan.compile)):
+        if wanted is not None:
+            keep(clone, key)
     if not clone.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).get(PLAN_KEY):
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, PLAN_KEY, _outer_sample)
     return clone

@@ -1,6 +1,7 @@
 """ModelPatchers over a second model: a run's own patcher, ComfyUI's books about what is loaded, which models a
 technique does not reach."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -11,10 +12,38 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import nn
 
-from .models.share import LEFT, is_own_method
+from .files import require_unchanged
+from .models.share import LEFT, is_own_method, names_in_code, stays_behind
 from .plan import PLAN_KEY
 
-PLAIN_KEY = "_skein_plain"  # on a model under dynamic VRAM: the patcher over the same model without it
+PLAIN_KEY = "_skein_plain"  # what is Kept of a model under dynamic VRAM: the patcher over it without that
+TWIN_KEY = "_skein_fp8"  # what is Kept of a model that is quantized: its quantization.twin.Twin
+KEYS = (PLAIN_KEY, TWIN_KEY)
+
+
+class Kept:
+    """What one technique keeps of a model for its next run, a second model: None at first.
+
+    It belongs to the patchers that have the technique in their plan, and not to the model. ComfyUI holds such a patcher
+    as its node's output; when it drops the last one, because the node is gone or to have the memory, this goes as well.
+    """
+
+    value: Any = None
+
+
+def keep(patcher: ModelPatcher, key: str) -> Kept:
+    """The Kept of a patcher, and of its clones; all those over one model have the same."""
+    if patcher.get_attachment(key) is None:
+        known = vars(patcher.model).get(key, lambda: None)  # a weak reference
+        kept = known() or Kept()
+        vars(patcher.model)[key] = weakref.ref(kept)
+        patcher.set_attachments(key, kept)
+    return patcher.get_attachment(key)
+
+
+def is_kept(patcher: ModelPatcher, key: str) -> bool:
+    """Whether any patcher over the model has a Kept."""
+    return vars(patcher.model).get(key, lambda: None)() is not None
 
 
 def clone_over(source: ModelPatcher, root: ModelPatcher) -> ModelPatcher:
@@ -111,10 +140,11 @@ def _code(patcher: ModelPatcher) -> dict[str, Any]:
     """What a network runs: its modules, and functions that stand in for its class's methods. Below ComfyUI's object
     patches, which come and go with the model's loading."""
     network, below = patcher.get_model_object("diffusion_model"), patcher.object_patches_backup
+    named = names_in_code(network)
     return {
         name: below.get(f"diffusion_model.{name}", value)
         for name, value in (vars(network) | network._modules).items()
-        if callable(value) and name not in LEFT
+        if callable(value) and not stays_behind(name, named)
     }
 
 
@@ -137,11 +167,13 @@ def plain(guider, technique: str) -> Iterator[None]:
     require_recipe(source)
     refuse_code(source, technique)
     refuse_late_code(guider.model_options["transformer_options"], technique, source)
-    kept = vars(source.model)
-    if PLAIN_KEY not in kept:
-        root = kept[PLAIN_KEY] = source.clone(disable_dynamic=True)
-        root.patches, root.parent = {}, None
-    guider.model_patcher = clone_over(source, kept[PLAIN_KEY])
+    kept = keep(source, PLAIN_KEY)
+    if kept.value is None:
+        require_unchanged(source, technique)
+        root = source.clone(disable_dynamic=True)
+        root.patches, root.parent, root.attachments = {}, None, {}
+        kept.value = root
+    guider.model_patcher = clone_over(source, kept.value)
     try:
         yield
     finally:

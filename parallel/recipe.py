@@ -5,7 +5,6 @@ weights of the type that ComfyUI chose in its own process: it chooses by the dev
 """
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
 import comfy.weight_adapter
@@ -13,6 +12,7 @@ import torch
 from comfy.cli_args import args
 
 from ..attributes import changed
+from ..files import files_of
 from .protocol import NotPlain, pack
 
 if TYPE_CHECKING:
@@ -35,15 +35,12 @@ def recipe_of(patcher: "ModelPatcher") -> dict[str, Any]:
         pack(recipe[1], [])
     except NotPlain as error:
         raise ValueError(f"Context Parallel cannot load this model again: {error}.") from error
-    files = [argument for argument in recipe[1] if isinstance(argument, str) and os.path.exists(argument)]
     return {
         "loader": recipe[0].__name__,
         "arguments": list(recipe[1]),
         "index": recipe[2] if len(recipe) > 2 else None,
         "dtype": str(patcher.model.get_dtype()).removeprefix("torch."),
-        "versions": [
-            [os.stat(file).st_mtime_ns, os.stat(file).st_size] for file in files
-        ],  # another file, another model
+        "files": files_of(patcher),  # as ComfyUI loaded them: another file, another model
     }
 
 

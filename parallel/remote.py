@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from .. import live
 from ..estimate import Load, room_bytes
+from ..files import LOAD_AGAIN, changes, require_unchanged
 from ..models import call_options, find_stack, share
-from ..patchers import clone_over, only_for, refuse_code, refuse_late_code, refuse_multigpu, unload
+from ..patchers import KEYS, clone_over, is_kept, only_for, refuse_code, refuse_late_code, refuse_multigpu, unload
 from ..plan import PLAN_KEY, Plan
 from ..report import show
 from .group import Group, GroupError, group_for, name_of, release, running_group, visible_devices
@@ -53,6 +54,7 @@ def delegated(plan: Plan, guider) -> Iterator[None]:
     assert config is not None
     _refuse_code(source, guider.model_options["transformer_options"])
     recipe, setting = recipe_of(source), _setting(plan, source)
+    what = _look_at_files(setting, recipe, source)
     _take_off(source)
     proxy = _proxy_of(source)
     guider.model_patcher = proxy.patcher(source)
@@ -65,14 +67,49 @@ def delegated(plan: Plan, guider) -> Iterator[None]:
         wrapper = only_for(proxy.model.diffusion_model, caller, "Context Parallel")
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, wrapper, options)
         yield
-        group.last_run = figures(caller, group.ask_all("end", {}, CALL_SECONDS))
+        told = group.ask_all("end", {}, CALL_SECONDS)
+        _refuse_overwritten(group, told)
+        group.last_run = figures(caller, told)
         for rank, seconds in enumerate(group.last_run["exchange_s"]):
             live.workers_changed(rank, exchange_share=seconds / max(caller.seconds, 1e-9))
-        show(config.node_id, caller.summary())
+        show(config.node_id, "; ".join(filter(None, [caller.summary(), what])))
+    except GroupError as error:
+        what = changes(recipe["files"])
+        if not what:
+            raise
+        raise GroupError(f"{error} {what} since ComfyUI loaded it, which may be why. {LOAD_AGAIN}") from error
     finally:
         guider.model_patcher = source
         if not config.keep_warm:
             release()
+
+
+def _look_at_files(setting: Setting, recipe: dict, source: ModelPatcher) -> str:
+    """What has happened to the model's files since ComfyUI loaded it: workers that have it too go on as ComfyUI does.
+
+    Raises ValueError if others would have to read them.
+    """
+    group = running_group()
+    if group is None or group.setting != setting or group.model != recipe:
+        require_unchanged(source, "Context Parallel")
+    what = changes(recipe["files"])
+    if what:
+        logger.warning("Skein workers: %s; the model that was loaded before goes on. %s", what, LOAD_AGAIN)
+    return what
+
+
+def _refuse_overwritten(group: Group, told: dict[int, dict]) -> None:
+    """Raises ValueError if a file that the workers have mapped has been written to: its model goes."""
+    paths = sorted({path for each in told.values() for path in each["overwritten"]})
+    if not paths:
+        return
+    group.model = group.patches = None
+    group.ask("load", {"recipe": None}, LOAD_SECONDS)
+    live.workers_stand(live.READY)
+    raise ValueError(
+        f"{', '.join(paths)} was written to while Context Parallel's workers had the model's weights in it, which are "
+        f"no longer what ComfyUI loaded. {LOAD_AGAIN}"
+    )
 
 
 def _ready(setting: Setting, recipe: dict, proxy: "Proxy", source: ModelPatcher, plan: Plan) -> Group:
@@ -86,6 +123,7 @@ def _ready(setting: Setting, recipe: dict, proxy: "Proxy", source: ModelPatcher,
         show(plan.parallel.node_id, f"loading the model in {len(group.pids)} workers")
         group.model = group.patches = None
         group.ask("load", {"recipe": recipe}, LOAD_SECONDS)
+        require_unchanged(source, "Context Parallel")
         group.model = recipe
         seconds = time.perf_counter() - started
         logger.info("Skein workers: %d ready in %.1f s (%s)", len(group.pids), seconds, ", ".join(setting.devices))
@@ -111,8 +149,10 @@ def _begin(group: Group, proxy: "Proxy", source: ModelPatcher, plan: Plan) -> No
     changed = group.patches != source.patches_uuid
     patches = export_patches(source) if changed else None
     group.patches = None
-    question = {"plan": asdict(plan), "patches": patches, "dtype": inference_type(source)}
+    kept = [key for key in KEYS if is_kept(source, key)]
+    question = {"plan": asdict(plan), "patches": patches, "dtype": inference_type(source), "kept": kept}
     told = group.ask_all("begin", question, BEGIN_SECONDS)
+    _refuse_overwritten(group, told)
     group.patches = source.patches_uuid
     proxy.size = max(each["weights"] for each in told.values())
     proxy.spare = min(each["spare"] for each in told.values())
@@ -216,10 +256,10 @@ class Proxy:
         load = Load.of(find_stack(self.model.diffusion_model), latent, self.model.get_dtype_inference().itemsize)
         return room_bytes(load, self.plan, self.world)
 
-    def _asked(self, latent: Sequence[int], *_args: Any, **_kwargs: Any) -> float:
-        """What ComfyUI asks of a model: while it samples, to put conditionings into one call or not; before that, to
-        make room for it in its own process, which needs none."""
-        return 0.0 if self.model.current_patcher is None else self.need(latent)
+    def _asked(self, input_shape: Sequence[int], *_args: Any, **_kwargs: Any) -> float:
+        """The model's memory_required, which ComfyUI asks while it samples, to put conditionings into one call or not;
+        and before that, to make room for it in its own process, which needs none."""
+        return 0.0 if self.model.current_patcher is None else self.need(input_shape)
 
     def _watch(self, patcher: ModelPatcher) -> None:
         patcher.add_callback_with_key(CallbacksMP.ON_DETACH, PLAN_KEY, self._detached)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from comfy.model_patcher import ModelPatcher
 
-from ..patchers import is_loaded
+from ..patchers import TWIN_KEY, is_loaded, keep
 from ..plan import FP8Config
 from ..report import show
 from .layers import (
@@ -21,7 +21,6 @@ from .layers import (
 from .twin import Twin
 
 logger = logging.getLogger("skein")
-TWIN_KEY = "_skein_fp8"  # on the source's model, so that the twin goes when the model goes
 
 
 @contextmanager
@@ -56,13 +55,13 @@ def quantized(source: ModelPatcher, config: FP8Config) -> Iterator[ModelPatcher]
 
 def _twin_of(source: ModelPatcher, layers: dict[str, str]) -> tuple[Twin, bool]:
     """The twin with the source's patches in it, and whether any layer was quantized for it."""
-    kept = vars(source.model)
-    twin = kept.get(TWIN_KEY)
+    kept = keep(source, TWIN_KEY)
+    twin = kept.value
     if twin is not None and list(twin.modes.items()) == list(layers.items()):
         return twin, bool(twin.update(source))
     del twin
-    kept.pop(TWIN_KEY, None)  # before the next one is made: there is no room for two
-    twin = kept[TWIN_KEY] = Twin(source, layers)
+    kept.value = None  # before the next one is made: there is no room for two
+    twin = kept.value = Twin(source, layers)
     return twin, True
 
 

@@ -62,3 +62,14 @@ def save_random_hunyuan_video(path: Path, seed: int = 0, hidden_size: int = 256,
         **settings, dtype=torch.float32, device="cpu", operations=torch.nn
     )
     save_file({key: value.contiguous() for key, value in network.state_dict().items()}, str(path))
+
+
+def random_clip(seed: int = 0):
+    """A CLIP-L, loaded by the names and shapes that tell ComfyUI's loader what it is; then all weights random."""
+    key = "text_model.encoder.layers.1.mlp.fc1.weight"
+    clip = comfy.sd.load_text_encoder_state_dicts([{key: torch.zeros(3072, 768)}])
+    torch.manual_seed(seed)
+    for name, parameter in clip.cond_stage_model.named_parameters():
+        value = torch.randn(parameter.shape) * 0.03
+        parameter.data.copy_(value + 1 if "norm" in name and name.endswith("weight") else value)
+    return clip

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from .. import devices, engine
 from ..estimate import Load, room_bytes
+from ..files import CONTENTS, Watched, changes
 from ..models import find_stack
 from ..parallel.mesh import Mesh
 from ..parallel.protocol import OPTIONS
 from ..parallel.recipe import import_patches, inference_type
+from ..patchers import Kept, keep
 from ..plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan
 from ..vae.estimate import room
 from .decoder import Decoder
@@ -37,6 +39,8 @@ class Worker:
         self.mesh = mesh
         self.base: Any = None  # the ModelPatcher as loaded
         self.patched: Any = None  # with the patches of the run
+        self.files: list[Watched] = []  # that its weights lie in
+        self.kept: list[Kept] = []
         self.guider: Any = None
         self.plan = Plan()
         self.reserved: float | None = None  # bytes left free for calls; None: the model has not been loaded in this run
@@ -46,34 +50,49 @@ class Worker:
         self.take_vae, self.decode_tile = self.decoder.take_vae, self.decoder.decode_tile
         self.decode_strip = self.decoder.decode_strip
 
-    def load(self, recipe: dict) -> None:
-        """Load a model in the place of the one before."""
+    def load(self, recipe: dict | None) -> None:
+        """Load a model in the place of the one before; None: no other. Raises ValueError if its file is another than
+        the one that ComfyUI's process has loaded."""
         self.end()
         self.base = self.patched = self.guider = None
+        self.files, self.kept = [], []
         memory.unload_all_models()
         gc.collect()
         memory.soft_empty_cache()
-        self.base = self.patched = load_from_file(recipe)
+        if recipe is None:
+            return
+        require_contents(recipe)
+        files = [Watched(file["path"]) for file in recipe["files"]]
+        base = load_from_file(recipe)
+        require_contents(recipe)  # another may have taken its place meanwhile
+        self.base = self.patched = base
+        self.files = files
 
-    def begin(self, plan: dict, patches: dict | None, dtype: torch.dtype) -> dict:
-        """Begin a run. patches: those on the weights; None if they are the last run's. dtype: to compute in.
+    def begin(self, plan: dict, patches: dict | None, dtype: torch.dtype, kept: list[str]) -> dict:
+        """Begin a run. patches: those on the weights; None if they are the last run's. dtype: to compute in. kept: keys
+        of what techniques have Kept in ComfyUI's process, to be Kept here.
 
-        Tells the bytes of the weights, and those that this rank's device could have free beside them.
+        Tells the bytes of the weights, and those that this rank's device could have free beside them; or, if the
+        weights are not what they were, the files that they lie in and that have been written to.
         """
-        self.end()
+        overwritten = self.end()["overwritten"]
+        if overwritten:
+            return {"overwritten": overwritten}
         if patches is not None:
             self.patched = self.base.clone()
             self.patched.patches = import_patches(patches)
             self.patched.patches_uuid = uuid.uuid4()
             if dtype != inference_type(self.base):
                 self.patched.set_model_compute_dtype(dtype)
+        self.patched.attachments = {}
+        self.kept = [keep(self.patched, key) for key in kept]  # the same as before, where it was kept then
         self.guider = SimpleNamespace(model_patcher=self.patched, model_options=self.patched.model_options)
         self.plan, self.reserved = plan_from(plan), None
         with contextlib.ExitStack() as run:
             run.enter_context(engine.applied(self.plan, self.guider, self.mesh))
             self.run, self.open = run.pop_all(), True
         weights = self.guider.model_patcher.model_size()
-        return {"weights": weights, "spare": room(self.mesh.device) - weights}
+        return {"overwritten": [], "weights": weights, "spare": room(self.mesh.device) - weights}
 
     def bring(self, latent: Tensor) -> None:
         """Have the model on the device, or as much of it as a call with this latent leaves room for."""
@@ -107,11 +126,16 @@ class Worker:
     def end(self) -> dict:
         """End the run, if there is one, and give back what only its calls took: ComfyUI's process could not ask for it.
 
-        Tells what exchanges between ranks took, and what this rank had of the device's memory since the last end.
+        Tells what exchanges between ranks took, what this rank had of the device's memory since the last end, and which
+        of the files that the weights lie in have been written to.
         """
         run, self.run, self.open = self.run, contextlib.ExitStack(), False
         run.close()
-        told = {"exchange_s": self.mesh.exchange_seconds(), **devices.peaks_of(self.mesh.device)}
+        told = {
+            "exchange_s": self.mesh.exchange_seconds(),
+            **devices.peaks_of(self.mesh.device),
+            "overwritten": [file.path for file in self.files if file.is_overwritten()],
+        }
         memory.soft_empty_cache()
         return told
 
@@ -127,6 +151,13 @@ class Worker:
         gc.collect()
         memory.soft_empty_cache(force=True)
         return {"freed": max(memory.get_free_memory(self.mesh.device) - before, 0)}
+
+
+def require_contents(recipe: dict) -> None:
+    """Raises ValueError if a model's files are not those of ComfyUI's process, which may be on another machine."""
+    what = changes(recipe["files"], CONTENTS)
+    if what:
+        raise ValueError(f"{what} since ComfyUI loaded it, or is another file on this machine.")
 
 
 def is_options(value: Any) -> bool:

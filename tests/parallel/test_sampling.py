@@ -18,7 +18,7 @@ from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
 from skein.parallel import GroupError, release
 from skein.parallel.group import running_group
-from skein.parallel.remote import _take_off, clear_own
+from skein.parallel.remote import _proxy_of, _take_off, clear_own
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig
 from skein.report import recent_runs
 from small_models import HUNYUAN_VIDEO_15, around_each_call, around_the_text
@@ -318,3 +318,13 @@ def test_this_process_makes_room_for_calls_where_they_need_it(models, monkeypatc
     assert run()  # the workers have their model, and there is room for calls
     monkeypatch.setattr("skein.parallel.remote.room_bytes", lambda *_: 1e18)
     assert not run()
+
+
+def test_the_proxy_is_asked_for_memory_as_comfyui_asks_its_models(models, monkeypatch):
+    """By name, by place, and with what next month's ComfyUI hands over too."""
+    proxy, shape = _proxy_of(models(2)), [2, 16, 3, 8, 6]
+    assert proxy.root.memory_required(shape) == 0  # to make room in this process
+    monkeypatch.setitem(vars(proxy.model), "current_patcher", proxy.root)  # it samples
+    asked = proxy.model.memory_required
+    assert proxy.root.memory_required(shape) == asked(shape, cond_shapes={}) == proxy.need(shape) > 0
+    assert asked(input_shape=shape, cond_shapes={}, memory_efficient_attention=True) == proxy.need(shape)

@@ -180,3 +180,31 @@ def test_a_file_that_is_not_mapped_is_not_kept_in_memory(model, monkeypatch):
     memory = weakref.ref(weight.untyped_storage())
     weight.data = weight.data.clone()
     assert memory() is None
+
+
+def test_fp8_weights_stay_in_the_workers_as_long_as_an_output_has_them(model, caplog, monkeypatch):
+    """Two branches of a workflow, with FP8 and without; and then FP8 is removed."""
+    release()
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed in the workers goes back to the system
+    caplog.set_level("INFO", "skein")
+    two = ParallelConfig("cpu,cpu")
+    on, off = engine.edit(model, fp8=FP8Config(), parallel=two), engine.edit(model, parallel=two)
+    first = sample(on, text(7), **SMALL)
+    for _ in range(2):
+        sample(off, text(7), **SMALL)
+        assert torch.equal(sample(on, text(7), **SMALL), first)
+    quantized = [line for line in caplog.text.splitlines() if "LoRA merged" in line or " GB in " in line]
+    held = [private_bytes(pid) for pid in group._group.pids.values()]
+    del on
+    sample(off, text(7), **SMALL)
+    left = [private_bytes(pid) for pid in group._group.pids.values()]
+    release()
+    linear = [module.weight for module in model.model.diffusion_model.modules() if isinstance(module, torch.nn.Linear)]
+    fp8 = sum(weight.numel() for weight in linear)  # one byte each
+    assert len(quantized) == 1 and all(before - after > 0.7 * fp8 for before, after in zip(held, left)), (held, left)
+
+
+def private_bytes(pid):
+    """What a process has in memory that is in no file."""
+    (line,) = [each for each in Path(f"/proc/{pid}/status").read_text().splitlines() if each.startswith("RssAnon")]
+    return int(line.split()[1]) << 10

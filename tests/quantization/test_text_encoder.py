@@ -1,13 +1,13 @@
 """The FP8 text encoder on a CLIP-L with random weights, built by ComfyUI."""
 
 import comfy.model_management
-import comfy.sd
 import pytest
 import torch
 from loras import with_lora
 from skein.bench.errors import relative_error
 from skein.quantization import quantize_text_encoder as fp8
 from skein.quantization.linear import QuantizedLinear
+from small_models import random_clip
 
 TEXT = "a red circle moves left over sand"
 LAYER = "clip_l.transformer.text_model.encoder.layers.3.mlp.fc1"
@@ -15,14 +15,7 @@ LAYER = "clip_l.transformer.text_model.encoder.layers.3.mlp.fc1"
 
 @pytest.fixture(scope="module")
 def clip():
-    """Loaded by the names and shapes that tell ComfyUI's loader what it is; then all weights random."""
-    key = "text_model.encoder.layers.1.mlp.fc1.weight"
-    clip = comfy.sd.load_text_encoder_state_dicts([{key: torch.zeros(3072, 768)}])
-    torch.manual_seed(0)
-    for name, parameter in clip.cond_stage_model.named_parameters():
-        value = torch.randn(parameter.shape) * 0.03
-        parameter.data.copy_(value + 1 if "norm" in name and name.endswith("weight") else value)
-    return clip
+    return random_clip()
 
 
 def test_it_encodes_in_less_memory_and_leaves_the_original_alone(clip):

@@ -1,21 +1,26 @@
 """FP8 runs on real ComfyUI models: LoRA, undo, loading, checkpoints, refusals."""
 
+import contextlib
 import gc
+import os
 import weakref
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.utils
 import pytest
 import torch
+from checkpoints import random_model, text
 from loras import with_lora
 from skein import engine
 from skein.attributes import changed
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
+from skein.patchers import PLAIN_KEY, TWIN_KEY
 from skein.plan import CacheConfig, CompileConfig, FP8Config
 from skein.quantization import run
 from skein.quantization.linear import QuantizedLinear, quantize_weight
-from skein.quantization.run import TWIN_KEY, quantized
+from skein.quantization.run import quantized
 from skein.report import recent_runs
 from small_models import on_a_gpu, random_hunyuan_video
 
@@ -32,17 +37,26 @@ class Stop(Exception):
     pass
 
 
+HELD: list = []  # as ComfyUI holds the outputs of the nodes of a workflow
+
+
 @pytest.fixture
 def model():
-    return random_hunyuan_video()
+    yield random_hunyuan_video()
+    HELD.clear()
 
 
 def fp8(model, mode="per_row", **settings):
-    return engine.edit(model, fp8=FP8Config(mode=mode, **settings))
+    HELD.append(engine.edit(model, fp8=FP8Config(mode=mode, **settings)))
+    return HELD[-1]
+
+
+def kept_of(model, key=TWIN_KEY):
+    return vars(model.model)[key]()
 
 
 def twin_of(model):
-    return vars(model.model)[TWIN_KEY]
+    return kept_of(model).value
 
 
 def two_loras(model, bias):
@@ -211,7 +225,7 @@ def test_stopped_while_quantizing_nothing_is_half_made(model, monkeypatch, error
     monkeypatch.setattr("skein.quantization.linear.quantize_weight", failing)
     with pytest.raises(type(error)):
         sample(fp8(source), PROMPT, **SMALL)
-    assert len(made) == 7 and TWIN_KEY not in vars(model.model)
+    assert len(made) == 7 and twin_of(model) is None
     assert all(torch.equal(value, before[key]) for key, value in model.model.state_dict().items())
     monkeypatch.undo()
     assert torch.equal(sample(source, PROMPT, **SMALL), stock)
@@ -237,7 +251,7 @@ def test_stopped_while_requantizing_the_next_run_goes_on(model, monkeypatch):
 def test_without_room_the_fp8_weights_wait_where_comfyui_offloads_to(model, monkeypatch):
     on = sample(fp8(model), PROMPT, **SMALL)
     for room in (lambda size, device: False, lambda size, device: size == 0):
-        vars(model.model).pop(TWIN_KEY)
+        kept_of(model).value = None
         monkeypatch.setattr("skein.quantization.twin._room_for", room)
         monkeypatch.setattr(model, "load_device", torch.device("cpu", 0))  # another name, so that a rest is left
         with quantized(model, FP8Config("per_row")) as patcher:
@@ -315,8 +329,53 @@ def test_the_twin_goes_when_the_model_goes():
     twin = weakref.ref(twin_of(model).model)
     source = weakref.ref(model.model)
     del model
+    HELD.clear()
     gc.collect()
     assert source() is None and twin() is None
+
+
+def test_the_twin_goes_with_the_last_output_that_has_fp8(model):
+    """As when the node has gone from the workflow; and not while one of two branches has it."""
+    stock, on = sample(model, PROMPT, **SMALL), fp8(model)
+    expected = sample(on, PROMPT, **SMALL)
+    twin, held = weakref.ref(twin_of(model)), weakref.ref(twin_of(model).model)
+    branch = engine.edit(with_lora(on, 0.0, LORA_KEYS), cache=CacheConfig())
+    del on
+    HELD.clear()
+    assert torch.equal(sample(model, PROMPT, **SMALL), stock) and twin_of(model) is twin()
+    comfy.model_management.unload_all_models()
+    assert torch.equal(sample(branch.parent, PROMPT, **SMALL), expected) and twin_of(model) is twin()
+    del branch
+    assert twin() is None and held() is None and kept_of(model) is None
+    comfy.model_management.cleanup_models()
+    assert torch.equal(sample(model, PROMPT, **SMALL), stock)
+    assert torch.equal(sample(fp8(model), PROMPT, **SMALL), expected)
+
+
+class Dynamic(comfy.model_patcher.ModelPatcher):
+    """Under dynamic VRAM, as far as our code sees it; ComfyUI has it on NVIDIA GPUs only."""
+
+    def is_dynamic(self):
+        return True
+
+
+@pytest.mark.parametrize("plan", [dict(fp8=FP8Config()), dict(compile=CompileConfig())], ids=["fp8", "compile"])
+def test_the_model_without_dynamic_vram_goes_with_the_last_output_that_needs_it(tmp_path, plan, monkeypatch):
+    monkeypatch.setattr("skein.engine._compiling", lambda *_: contextlib.nullcontext())
+    model = random_model(tmp_path, 2)
+    stock, path = sample(model, text(7), **SMALL), model.cached_patcher_init[1][0]
+    model.__class__ = Dynamic
+    on = engine.edit(model, **plan)
+    first = sample(on, text(7), **SMALL)
+    second = weakref.ref(kept_of(model, PLAIN_KEY).value.model)
+    assert second() is not model.model
+    os.remove(path)
+    assert torch.equal(sample(on, text(7), **SMALL), first)  # not loaded again
+    del on
+    assert second() is None and kept_of(model, PLAIN_KEY) is None
+    assert torch.equal(sample(model, text(7), **SMALL), stock)
+    with pytest.raises(ValueError, match="is no longer there since ComfyUI loaded it"):
+        sample(engine.edit(model, **plan), text(7), **SMALL)
 
 
 def test_another_mode_takes_the_place_of_the_first(model):

@@ -1,0 +1,96 @@
+"""The files that a model was loaded from, and whether they are still what they were.
+
+ComfyUI keeps a loaded model however its file changes, and does not note what the file was. So it is noted on the model
+when one of Skein's nodes first sees it, which is right after the loader in the same prompt. Whoever would have to read
+the file again (a worker, a second model without dynamic VRAM) asks here first.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+FILES_KEY = "_skein_files"  # on a model: the identities of its files
+Identity = dict[str, Any]  # of a file, as plain data; of one that is not there, its path alone
+CONTENTS = ("size", "digest")  # of an identity, what is the same on another machine
+BLOCKS, BLOCK_BYTES = 64, 4096  # of a file's contents that are read to know it again
+LOAD_AGAIN = 'To load it again, use "Unload Models and Execution Cache" in ComfyUI\'s menu, or restart ComfyUI.'
+
+
+def files_of(patcher: "ModelPatcher") -> list[Identity]:
+    """What the files of a model were when Skein first saw it: now, if it has not yet."""
+    kept = vars(patcher.model)
+    if FILES_KEY not in kept:
+        recipe = patcher.cached_patcher_init
+        first = recipe[1][0] if recipe and recipe[1] else []  # of a loader's arguments: a path, or several
+        paths = [first] if isinstance(first, str) else first if isinstance(first, (list, tuple)) else []
+        kept[FILES_KEY] = [identity(path) for path in paths]
+    return kept[FILES_KEY]
+
+
+def identity(path: str) -> Identity:
+    """What a file is now: when it was written, its size, and a hash of its header and of parts of the rest.
+
+    Not its inode and device: some network file systems give a file others when they look at it again.
+    """
+    try:
+        with open(path, "rb") as file:
+            stat = os.fstat(file.fileno())
+            written = {"path": path, "mtime_ns": stat.st_mtime_ns}
+            return {**written, "size": stat.st_size, "digest": _digest(file, stat.st_size)}
+    except OSError:
+        return {"path": path}
+
+
+def changes(files: Iterable[Identity], same: tuple[str, ...] = ("mtime_ns", *CONTENTS)) -> str:
+    """What has happened to files since their identities were noted, as the beginning of a sentence; empty: nothing.
+
+    same: what must still be equal.
+    """
+    for known in files:
+        now = identity(known["path"])
+        if len(now) == 1:
+            return f"{known['path']} is no longer there"
+        if any(now[name] != known.get(name) for name in same):
+            return f"{known['path']} has changed on disk"
+    return ""
+
+
+def require_unchanged(patcher: "ModelPatcher", reader: str) -> None:
+    """Raises ValueError if a model's files are not what ComfyUI loaded. reader: who would read them again."""
+    what = changes(files_of(patcher))
+    if what:
+        raise ValueError(f"{what} since ComfyUI loaded it, and {reader} would have to read it. {LOAD_AGAIN}")
+
+
+class Watched:
+    """A file that is held open: what is written into it is noticed, also when it has no name any more or another has
+    taken its place."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self._file = open(path, "rb")  # noqa: SIM115 (closed with this object)
+        self._noted = self._stat()
+
+    def is_overwritten(self) -> bool:
+        return self._stat() != self._noted
+
+    def _stat(self) -> tuple[int, int]:
+        stat = os.fstat(self._file.fileno())
+        return stat.st_size, stat.st_mtime_ns
+
+
+def _digest(file: BinaryIO, size: int) -> str:
+    """A hash of a safetensors file's header, and of blocks from all over a file of any kind."""
+    digest = hashlib.sha256()
+    header = 8 + int.from_bytes(file.read(8), "little")
+    if header <= size:
+        file.seek(0)
+        digest.update(file.read(header))
+    for i in range(BLOCKS):
+        file.seek(i * max(size - BLOCK_BYTES, 0) // (BLOCKS - 1))
+        digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
