@@ -9,10 +9,11 @@ long as its connection lasts. `seq` counts all events of this process: who finds
 `GET /skein/status`, which says up to which number it holds.
 """
 
-import sys
 import threading
 import time
 from typing import Any
+
+from . import host
 
 EVENTS = "skein.events"  # the type of the message
 INTERVAL = 0.1  # seconds between two messages
@@ -49,7 +50,7 @@ def last_seq() -> int:
 
 def listen(client_id: str, wanted: bool) -> bool:
     """Send events to a client of the websocket, or no more; whether it is connected. Runs on the server's loop."""
-    server = _server()
+    server = host.server()
     connection = server.sockets.get(client_id) if server else None
     with lock:
         _listeners.pop(client_id, None)
@@ -60,12 +61,7 @@ def listen(client_id: str, wanted: bool) -> bool:
 
 def listened_to() -> Any:
     """ComfyUI's server if somebody there listens."""
-    return _server() if _listeners else None
-
-
-def _server() -> Any:
-    module = sys.modules.get("server")  # present only inside ComfyUI's server process
-    return getattr(getattr(module, "PromptServer", None), "instance", None)
+    return host.server() if _listeners else None
 
 
 def _flush_when_due(server: Any) -> None:

@@ -11,12 +11,11 @@ What changes something is a POST with a JSON body from the same origin, so that 
 
 import asyncio
 import json
-import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from . import events, live
+from . import events, host, live
 from .report import recent_runs
 
 STATUS_ROUTE, RUNS_ROUTE, RELEASE_ROUTE, LISTEN_ROUTE = (
@@ -42,8 +41,7 @@ def register(release: Callable[[], bool]) -> None:
 
     release: ends the workers; whether there were any.
     """
-    server = sys.modules.get("server")
-    instance = getattr(getattr(server, "PromptServer", None), "instance", None)
+    instance = host.server()
     if instance is None:
         return
     from aiohttp import web
