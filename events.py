@@ -4,8 +4,8 @@ One message, `skein.events`, holds what has happened since the last one, oldest 
 
     {"type": "skein.events", "data": {"events": [{"seq": 41, "kind": "call", ...}, ...]}}
 
-There are at most ten of them a second, and none while nobody listens: who wants them asks for them (`listen`), for as
-long as its connection lasts. `seq` counts all events of this process: who finds a number missing, or comes late, reads
+There are at most ten of them a second to each listener and 200 to all, and none while nobody listens: who wants them asks
+for them (`listen`), for as long as its connection lasts. `seq` counts all events of this process: who finds a number missing, or comes late, reads
 `GET /skein/status`, which says up to which number it holds.
 """
 
@@ -16,7 +16,8 @@ from typing import Any
 from . import host
 
 EVENTS = "skein.events"  # the type of the message
-INTERVAL = 0.1  # seconds between two messages
+INTERVAL = 0.1  # seconds between two messages to a listener, at least
+ALL_INTERVAL = 0.005  # for each listener: sending needs Python's lock, for which the sampling thread would wait
 MOST = 256  # events in a message; where more wait the oldest go, and the gap in `seq` says so
 
 lock = threading.RLock()  # holds what is told and `seq` together; for live.py, which changes what is told
@@ -66,7 +67,8 @@ def listened_to() -> Any:
 
 def _flush_when_due(server: Any) -> None:
     """On the server's loop: now, or as soon as a message may be sent again."""
-    server.loop.call_later(max(_sent + INTERVAL - time.monotonic(), 0.0), _flush, server)
+    interval = max(INTERVAL, ALL_INTERVAL * len(_listeners))
+    server.loop.call_later(max(_sent + interval - time.monotonic(), 0.0), _flush, server)
 
 
 def _flush(server: Any) -> None:

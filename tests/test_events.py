@@ -86,6 +86,42 @@ def test_nothing_is_sent_unasked(server, prompt):
     channel.close()
 
 
+def test_many_listeners_share_the_messages_of_a_few(server, prompt):
+    """What sending takes of the server's process does not grow with the listeners, and none misses an event. They only
+    read when the run is over, so that they take nothing of the machine meanwhile."""
+    graph = seeded(prompt, 306)
+    graph[node_id(graph, SAMPLER)]["inputs"]["steps"] = 24
+    channels = [
+        websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId=many{i}", timeout=120)
+        for i in range(400)
+    ]
+    for i in range(len(channels)):
+        server.post("/skein/listen", {"client_id": f"many{i}", "listen": True})
+    started = time.monotonic()
+    server.run(graph)
+    seconds = time.monotonic() - started
+    received = [received_until_the_end(channel) for channel in channels]
+    for channel in channels:
+        channel.close()
+    sent = sum(map(len, received))
+    assert sent / seconds < 400, f"{sent} messages in {seconds:.1f} s"
+    for messages in received:
+        numbers = [event["seq"] for message in messages for event in message]
+        assert len(messages) > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+def received_until_the_end(channel):
+    """The events of each message until the one that says that sampling has ended."""
+    messages = []
+    while True:
+        message = channel.recv()
+        event = json.loads(message) if isinstance(message, str) else {"type": "binary"}
+        if event["type"] == "skein.events":
+            messages.append(event["data"]["events"])
+            if any(each["kind"] == "sampling" and not each["sampling"]["running"] for each in messages[-1]):
+                return messages
+
+
 def test_status_lines_go_to_the_page_that_has_asked_for_the_run(server, prompt):
     """Another may have another graph open, with another node of the same id."""
     channel = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId=other", timeout=120)
@@ -203,6 +239,7 @@ def test_status_in_the_middle_of_a_run_and_after_an_interrupt(server, prompt):
     while not (
         (status := server.get("/skein/status"))["runs"]
         and status["runs"][-1]["calls"]
+        and not status["runs"][-1]["ended"]  # the one before, until this one begins
         and status["sampling"]["running"]
     ):
         assert time.monotonic() < deadline
