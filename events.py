@@ -11,7 +11,9 @@ for them (`listen`), for as long as its connection lasts. `seq` counts all event
 
 import threading
 import time
+from collections.abc import MutableMapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 from . import host
 
@@ -21,7 +23,8 @@ ALL_INTERVAL = 0.005  # for each listener: sending needs Python's lock, for whic
 MOST = 256  # events in a message; where more wait the oldest go, and the gap in `seq` says so
 
 lock = threading.RLock()  # holds what is told and `seq` together; for live.py, which changes what is told
-_listeners: dict[str, Any] = {}  # client id -> its connection when it asked
+# Client id -> its connection when it asked. Weak: a client that has left is forgotten with its connection.
+_listeners: MutableMapping[str, Any] = WeakValueDictionary()
 _pending: list[dict] = []
 _seq = 0
 _scheduled = False

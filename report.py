@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import host, live
+from . import events, host, live
 from .latents import SAME, difference, some_values
 from .plan import CacheConfig
 from .runs import Call, Run
@@ -72,11 +72,12 @@ def begin(run: Run) -> None:
 
 def add(run: Run, call: Call, timed: Sequence[Timed] = ()) -> None:
     """A call of a run has ended. timed: calls of it whose time has become known."""
-    run.calls.append(call)
-    times = [[i, each.ms] for i, each in enumerate(run.calls) if any(each is one for one in timed)]
-    if _deliver is not None:
-        return _deliver("called", {"run": run.id, "steps": run.steps, "call": asdict(call), "times": times})
-    live.called(run, times)
+    with events.lock:  # ComfyUI's multi-GPU clones call on several threads, and a call is known by its index
+        run.calls.append(call)
+        times = [[i, each.ms] for i, each in enumerate(run.calls) if any(each is one for one in timed)]
+        if _deliver is not None:
+            return _deliver("called", {"run": run.id, "steps": run.steps, "call": asdict(call), "times": times})
+        live.called(run, times)
 
 
 def publish(run: Run) -> None:

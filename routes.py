@@ -44,7 +44,7 @@ def register(release: Callable[[], bool]) -> None:
     instance = host.server()
     if instance is None:
         return
-    from aiohttp import web
+    from aiohttp import ClientError, web
 
     def answering(handle: Callable[[Any], Awaitable[dict]]) -> Callable[[Any], Awaitable[Any]]:
         async def answer(request: Any) -> Any:
@@ -52,6 +52,8 @@ def register(release: Callable[[], bool]) -> None:
                 return web.json_response(await handle(request))
             except Refused as refused:
                 return web.json_response({"error": str(refused)}, status=refused.status)
+            except (ConnectionError, ClientError):  # the client has hung up: nobody reads the answer
+                return web.Response(status=400)
 
         return answer
 

@@ -7,8 +7,15 @@ import torch
 from comfy_api.latest import io
 
 from .. import engine
-from ..picture import draw_run
+from ..picture import HEIGHT, WIDTH, draw_run
 from ..report import run_of
+
+
+def _side(name: str, default: int, limits: tuple[int, int]) -> io.Int.Input:
+    tooltip = "Of the picture, in pixels."
+    return io.Int.Input(
+        name, default=default, min=limits[0], max=limits[1], step=8, tooltip=tooltip, optional=True, advanced=True
+    )
 
 
 class CacheReportNode(io.ComfyNode):
@@ -26,18 +33,8 @@ class CacheReportNode(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that was sampled, with First-Block Cache on it."),
                 io.Latent.Input("latent", tooltip="The sampler's own latent; tells which run is shown."),
-                io.Int.Input(
-                    "width", default=960, min=256, max=4096, step=8, tooltip="Of the picture, in pixels.", advanced=True
-                ),
-                io.Int.Input(
-                    "height",
-                    default=480,
-                    min=192,
-                    max=4096,
-                    step=8,
-                    tooltip="Of the picture, in pixels.",
-                    advanced=True,
-                ),
+                _side("width", 960, WIDTH),
+                _side("height", 480, HEIGHT),
             ],
             outputs=[
                 io.Image.Output("picture", tooltip="One RGB image."),
@@ -46,7 +43,7 @@ class CacheReportNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, latent: dict, width: int, height: int) -> io.NodeOutput:
+    def execute(cls, model, latent: dict, width: int = 960, height: int = 480) -> io.NodeOutput:
         run = run_of(latent["samples"], engine.plan_of(model).cache)
         pixels = np.asarray(draw_run(run, width, height), dtype=np.float32) / 255
         return io.NodeOutput(torch.from_numpy(pixels).unsqueeze(0), json.dumps(run.as_dict(), indent=2))

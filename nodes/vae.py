@@ -11,7 +11,7 @@ DEFAULTS = DecodeConfig()
 def _size(name: str, least: int, step: int, tooltip: str) -> io.Int.Input:
     """A size as ComfyUI's VAE Decode (Tiled) has it."""
     default = getattr(DEFAULTS, name)
-    return io.Int.Input(name, default=default, min=least, max=4096, step=step, tooltip=tooltip, advanced=True)
+    return io.Int.Input(name, default=default, min=least, max=4096, step=step, tooltip=tooltip, optional=True, advanced=True)
 
 
 class VAEDecodeNode(io.ComfyNode):
@@ -33,11 +33,13 @@ class VAEDecodeNode(io.ComfyNode):
                     "mode",
                     options=list(DECODE_MODES),
                     default=DEFAULTS.mode,
+                    optional=True,
                     tooltip="whole: exact. tiled: less memory, and seams are blended. auto: whole where it fits.",
                 ),
                 io.String.Input(
                     "devices",
                     default=DEFAULTS.devices,
+                    optional=True,
                     tooltip='"all" GPUs, or their numbers: "0,1". "cpu,cpu" for two processes on the CPU.',
                 ),
                 _size("tile_size", 64, 32, "Side of a tile, in pixels."),
@@ -50,6 +52,6 @@ class VAEDecodeNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, samples: dict, vae, mode: str, devices: str, **sizes: int) -> io.NodeOutput:
+    def execute(cls, samples: dict, vae, mode: str = DEFAULTS.mode, devices: str = DEFAULTS.devices, **sizes: int) -> io.NodeOutput:
         frames = decode(vae, samples["samples"], DecodeConfig(mode, devices, **sizes, node_id=cls.hidden.unique_id))
         return io.NodeOutput(frames.flatten(0, -4))

@@ -1,16 +1,22 @@
 """Live events and routes of a real server, as a program without a browser meets them."""
 
+import asyncio
+import gc
 import http.client
 import json
+import socket
 import threading
 import time
+import types
 from contextlib import contextmanager
 
 import pytest
 import torch
 import websocket
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 from graphs import SAMPLER, seeded
-from skein import events, live
+from skein import events, host, live
 from skein.demo.run import node_id
 from skein.report import add
 from skein.runs import Call, Run
@@ -147,6 +153,27 @@ def test_telling_costs_microseconds():
     assert events._pending == []
 
 
+def test_calls_on_two_threads_get_an_index_each(monkeypatch):
+    """As ComfyUI's multi-GPU clones call: the second call ends while the first is being told of."""
+    told = []
+    monkeypatch.setattr(events, "emit", lambda kind, **data: told.append(data["index"]) if kind == "call" else None)
+    run, first_waits, second_ends = Run(), threading.Event(), threading.Event()
+
+    def no_times():
+        first_waits.set()
+        second_ends.wait(0.5)
+        yield from ()
+
+    first = threading.Thread(target=lambda: add(run, Call(0.5, 0.01, 0.06, True), no_times()))
+    first.start()
+    first_waits.wait(10)
+    second = threading.Thread(target=lambda: (add(run, Call(0.5, 0.01, 0.06, False)), second_ends.set()))
+    second.start()
+    first.join(10)
+    second.join(10)
+    assert sorted(told) == [0, 1]
+
+
 def test_calls_whose_time_is_not_known_do_not_count_as_speedup():
     times = [10.0, 10.0, None, 2.0, None]
     assert Run(calls=[Call(0.5, 0.01, 0.06, ms == 2.0, ms) for ms in times]).speedup == pytest.approx(30 / 22)
@@ -207,6 +234,47 @@ def test_bad_requests_get_a_sentence(server, method, path, body, headers, status
     got, said = answer(server, method, path, body, headers)
     assert got == status and sentence in said["error"]
     assert server.alive()
+
+
+@pytest.mark.parametrize("path", ["/skein/release", "/skein/listen"])
+def test_a_client_that_hangs_up_in_its_body_leaves_no_traceback(server, path):
+    before = len(server.log.read_text(errors="replace"))
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as caller:
+        caller.sendall(head.encode() + b'{"client_id"')
+        time.sleep(0.5)
+    time.sleep(0.5)
+    assert answer(server, "GET", "/skein/runs")[0] == 200
+    assert "Traceback" not in server.log.read_text(errors="replace")[before:]
+
+
+def test_clients_that_have_left_are_forgotten_without_an_event(monkeypatch):
+    """With websockets as ComfyUI keeps them: `sockets` is all that holds a connection."""
+    comfyui = types.SimpleNamespace(sockets={})
+    monkeypatch.setattr(host, "server", lambda: comfyui)
+
+    async def serve(request):
+        connection = comfyui.sockets[request.query["clientId"]] = web.WebSocketResponse()
+        await connection.prepare(request)
+        assert events.listen(request.query["clientId"], True)
+        async for _ in connection:
+            pass
+        del comfyui.sockets[request.query["clientId"]]
+        return connection
+
+    async def come_and_leave():
+        app = web.Application()
+        app.router.add_get("/ws", serve)
+        async with TestClient(TestServer(app)) as client:
+            for i in range(20):
+                connection = await client.ws_connect(f"/ws?clientId={i}")
+                while events.listened_to() is None:
+                    await asyncio.sleep(0.01)
+                await connection.close()
+
+    asyncio.run(come_and_leave())
+    gc.collect()
+    assert len(events._listeners) == 0 and events.listened_to() is None
 
 
 @pytest.mark.parametrize("origin", ["https://elsewhere.example", "http://127.0.0.1:1", "null"])

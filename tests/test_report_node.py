@@ -5,11 +5,14 @@ import time
 
 import numpy as np
 import pytest
+import torch
+from comfy.latent_formats import HunyuanVideo
 from graphs import CACHE, SAMPLER, seeded
 from PIL import Image, ImageColor
 from skein.demo.run import in_workers, node_id
 from skein.demo.server import ComfyServer, PromptError, comfyui_path
 from skein.picture import COMPUTED, REUSED, THRESHOLD, draw_run
+from skein.preview import latent_to_frames
 from skein.runs import Call, Run
 
 
@@ -51,6 +54,20 @@ def test_odd_runs_and_sizes_are_drawn(changes, size):
 def test_a_run_without_calls_is_refused():
     with pytest.raises(ValueError, match="no model calls"):
         draw_run(Run())
+
+
+@pytest.mark.parametrize("size", [0, 1, -1, 2**62])
+def test_a_size_that_is_no_picture_gets_a_sentence(size):
+    with pytest.raises(ValueError, match=f"width must be 256 to 4096 pixels, not {size}"):
+        draw_run(run_of([None, 0.1]), size, 480)
+    with pytest.raises(ValueError, match=f"height must be 192 to 4096 pixels, not {size}"):
+        draw_run(run_of([None, 0.1]), 960, size)
+
+
+@pytest.mark.parametrize("scale", [0, -1, 17, 10**6])
+def test_a_scale_that_is_no_preview_gets_a_sentence(scale):
+    with pytest.raises(ValueError, match=f"scale must be 1 to 16, not {scale}"):
+        latent_to_frames(torch.zeros(1, 16, 1, 4, 4), HunyuanVideo(), scale)
 
 
 def with_report(graph):
@@ -128,6 +145,15 @@ def test_a_run_in_workers_is_found_by_its_latent(server, prompt):
     graph = with_report(in_workers(seeded(prompt, 403), "cpu,cpu"))
     assert report_of(server, graph) == server.get("/skein/runs")["runs"][-1]
     server.post("/skein/release", {})
+
+
+def test_a_linked_value_gets_the_same_sentence(server, prompt):
+    """ComfyUI does not hold values that come by a link against the limits of a widget."""
+    graph = with_report(seeded(prompt, 404))
+    graph["number"] = {"class_type": "PrimitiveInt", "inputs": {"value": 0}}
+    graph["report"]["inputs"]["width"] = ["number", 0]
+    with pytest.raises(PromptError, match="width must be 256 to 4096 pixels, not 0"):
+        server.run(graph)
 
 
 @pytest.mark.parametrize(
