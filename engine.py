@@ -26,6 +26,7 @@ from .cache import CacheHook, FirstBlockCache
 from .compilation import CompiledBlocks, compile_settings
 from .estimate import Load, advice
 from .files import files_of
+from .latents import some_values
 from .models import BlockKey, find_stack
 from .parallel import Mesh, Sharding, delegated, visible_devices
 from .parallel.machines import machines
@@ -73,7 +74,9 @@ def _outer_sample(executor, *args, **kwargs):
     noise = args[0] if args else kwargs["noise"]
     with live.sampling(plan.techniques, guider.model_patcher.load_device), applied(plan, guider):
         _warn_of_memory(plan, guider.model_patcher, noise.shape)
-        return executor(*args, **kwargs)
+        latent = executor(*args, **kwargs)
+        live.sampled(some_values(latent))
+        return latent
 
 
 def _warn_of_memory(plan: Plan, patcher: "ModelPatcher", latent: tuple[int, ...]) -> None:

@@ -4,22 +4,27 @@ One message, `skein.events`, holds what has happened since the last one, oldest 
 
     {"type": "skein.events", "data": {"events": [{"seq": 41, "kind": "call", ...}, ...]}}
 
-There are at most ten of them a second, and none while nobody listens: who wants them asks for them (`listen`), for as
-long as its connection lasts. `seq` counts all events of this process: who finds a number missing, or comes late, reads
+There are at most ten of them a second to each listener and 200 to all, and none while nobody listens: who wants them asks
+for them (`listen`), for as long as its connection lasts. `seq` counts all events of this process: who finds a number missing, or comes late, reads
 `GET /skein/status`, which says up to which number it holds.
 """
 
-import sys
 import threading
 import time
+from collections.abc import MutableMapping
 from typing import Any
+from weakref import WeakValueDictionary
+
+from . import host
 
 EVENTS = "skein.events"  # the type of the message
-INTERVAL = 0.1  # seconds between two messages
+INTERVAL = 0.1  # seconds between two messages to a listener, at least
+ALL_INTERVAL = 0.005  # for each listener: sending needs Python's lock, for which the sampling thread would wait
 MOST = 256  # events in a message; where more wait the oldest go, and the gap in `seq` says so
 
 lock = threading.RLock()  # holds what is told and `seq` together; for live.py, which changes what is told
-_listeners: dict[str, Any] = {}  # client id -> its connection when it asked
+# Client id -> its connection when it asked. Weak: a client that has left is forgotten with its connection.
+_listeners: MutableMapping[str, Any] = WeakValueDictionary()
 _pending: list[dict] = []
 _seq = 0
 _scheduled = False
@@ -49,7 +54,7 @@ def last_seq() -> int:
 
 def listen(client_id: str, wanted: bool) -> bool:
     """Send events to a client of the websocket, or no more; whether it is connected. Runs on the server's loop."""
-    server = _server()
+    server = host.server()
     connection = server.sockets.get(client_id) if server else None
     with lock:
         _listeners.pop(client_id, None)
@@ -60,17 +65,13 @@ def listen(client_id: str, wanted: bool) -> bool:
 
 def listened_to() -> Any:
     """ComfyUI's server if somebody there listens."""
-    return _server() if _listeners else None
-
-
-def _server() -> Any:
-    module = sys.modules.get("server")  # present only inside ComfyUI's server process
-    return getattr(getattr(module, "PromptServer", None), "instance", None)
+    return host.server() if _listeners else None
 
 
 def _flush_when_due(server: Any) -> None:
     """On the server's loop: now, or as soon as a message may be sent again."""
-    server.loop.call_later(max(_sent + INTERVAL - time.monotonic(), 0.0), _flush, server)
+    interval = max(INTERVAL, ALL_INTERVAL * len(_listeners))
+    server.loop.call_later(max(_sent + interval - time.monotonic(), 0.0), _flush, server)
 
 
 def _flush(server: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import devices, events
+from . import devices, events, host
 from .runs import Run
 
 KEPT_RUNS = 16
@@ -47,6 +47,8 @@ class Sampling:
 
     running: bool = False
     techniques: list[str] = field(default_factory=list)
+    prompt_id: str | None = None
+    workflow_id: str | None = None
     started: float | None = None  # seconds since the epoch
     calls: int = 0
     step_ms: float | None = None  # from the beginning of a call to that of the next
@@ -94,7 +96,7 @@ def sampling(techniques: Sequence[str], device: torch.device) -> Iterator[None]:
     global _sampling, _last_call
     with events.lock:
         _last_call = 0.0
-        _sampling = Sampling(running=True, techniques=list(techniques), started=time.time())
+        _sampling = Sampling(True, list(techniques), *host.executing(), started=time.time())
         _own.device, _own.state = str(device), RUNNING
         events.emit("sampling", sampling=asdict(_sampling))
         look(at_once=True)
@@ -162,8 +164,16 @@ def look(at_once: bool = False) -> None:
 def begun(run: Run) -> None:
     """A run under the cache has begun."""
     with events.lock:
+        run.prompt_id, run.workflow_id = _sampling.prompt_id, _sampling.workflow_id
         _runs.append(run)
         events.emit("run", run=_outline(run))
+
+
+def sampled(latent: list[float]) -> None:
+    """The sampling in progress has made a latent with these values."""
+    run = current_run()
+    if run is not None:
+        run.latent = latent
 
 
 def called(run: Run, times: list) -> None:
@@ -177,12 +187,13 @@ def called(run: Run, times: list) -> None:
 
 def ended(run: Run) -> None:
     """A run has ended, with all that is known of it now. Workers end one that was interrupted when the next begins,
-    and do not know why: what is known of its end here stays."""
+    and do not know why: what is known of its end here stays. Nor do they know what was asked of ComfyUI."""
     with events.lock:
         for i, known in enumerate(_runs):
             if known.id == run.id:
                 if known.ended:
                     run.finished, run.error, run.seconds = known.finished, known.error, known.seconds
+                run.prompt_id, run.workflow_id, run.latent = known.prompt_id, known.workflow_id, known.latent
                 _runs[i] = run
                 break
         else:

@@ -10,11 +10,15 @@ GROUND, LINE, SOFT, TEXT = "#16181d", "#3a3f4a", "#9aa3b2", "#f2f4f7"
 COMPUTED, REUSED, THRESHOLD = "#e08a1e", "#17a398", "#5b9bff"
 TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 FLOOR = 0.001  # the smallest change that the logarithmic axis shows
+WIDTH, HEIGHT = (256, 4096), (192, 4096)  # pixels: least and most
 SMOOTH = 2  # drawn so many times larger, then made smaller
 
 
 def draw_run(run: Run, width: int = 960, height: int = 480) -> Image.Image:
-    """A run as an RGB picture. Raises ValueError if it has no calls."""
+    """A run as an RGB picture. Raises ValueError if it has no calls, or the size is no picture's."""
+    for name, pixels, (least, most) in (("width", width, WIDTH), ("height", height, HEIGHT)):
+        if not least <= pixels <= most:
+            raise ValueError(f"The picture's {name} must be {least} to {most} pixels, not {pixels}.")
     if not run.calls:
         raise ValueError("The run has no model calls to draw.")
     return _Drawing(run, width * SMOOTH, height * SMOOTH).image.resize((width, height), Image.Resampling.LANCZOS)

@@ -6,13 +6,18 @@ Letters: B batch, C latent channels, T latent frames, H and W latent height and 
 import torch
 from torch import Tensor
 
+SCALE = (1, 16)  # least and most
+
 
 def latent_to_frames(samples: Tensor, latent_format, scale: int = 1) -> Tensor:
     """RGB frames (B*T, H*scale, W*scale, 3) in 0..1 of a latent (B, C, T, H, W) or (B, C, H, W).
 
     `latent_format` is ComfyUI's (comfy.latent_formats). Raises ValueError if it has no RGB factors, or
-    another number of channels than the latent.
+    another number of channels than the latent, and where the scale is out of range.
     """
+    least, most = SCALE
+    if not least <= scale <= most:
+        raise ValueError(f"The preview's scale must be {least} to {most}, not {scale}.")
     factors = getattr(latent_format, "latent_rgb_factors", None)
     name = type(latent_format).__name__
     if factors is None:

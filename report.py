@@ -1,12 +1,15 @@
 """Reporting of what a run does: kept for the panel, logged in one line, shown on the node, handed out of a worker."""
 
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from . import live
+from torch import Tensor
+
+from . import events, host, live
+from .latents import SAME, difference, some_values
+from .plan import CacheConfig
 from .runs import Call, Run
 from .stopwatch import Timed
 
@@ -18,6 +21,34 @@ _deliver: Callable[[str, Any], None] | None = None  # in a worker process: hands
 def recent_runs() -> list[Run]:
     """The last runs in this process that have ended, oldest first."""
     return [run for run in live.runs() if run.ended]
+
+
+def run_of(latent: Tensor, cache: CacheConfig | None) -> Run:
+    """The run under a cache that made a latent. Raises ValueError if it is none of the last ones."""
+    if cache is None or cache.threshold == 0:
+        raise ValueError(
+            "There is no First-Block Cache on this model, or its threshold is 0; connect the model that comes out of "
+            "the cache's node."
+        )
+    runs = [run for run in reversed(recent_runs()) if run.node_id == cache.node_id and run.calls]
+    if not runs:
+        raise ValueError(
+            "This model's First-Block Cache has not run yet, or not lately; connect the latent of the sampler that "
+            "uses it."
+        )
+    values = some_values(latent)
+
+    def distance(run: Run) -> tuple[float, bool]:
+        """Two thresholds may end in one latent."""
+        return difference(values, run.latent), run.calls[0].threshold != cache.threshold
+
+    nearest = min(runs, key=distance)
+    if distance(nearest)[0] > SAME:
+        raise ValueError(
+            f"None of the last {live.KEPT_RUNS} runs ended with this latent; connect the sampler's own latent, before "
+            "any node that changes it. If it is older than these runs, sample again with another seed."
+        )
+    return nearest
 
 
 def deliver_to(send: Callable[[str, Any], None]) -> None:
@@ -41,11 +72,12 @@ def begin(run: Run) -> None:
 
 def add(run: Run, call: Call, timed: Sequence[Timed] = ()) -> None:
     """A call of a run has ended. timed: calls of it whose time has become known."""
-    run.calls.append(call)
-    times = [[i, each.ms] for i, each in enumerate(run.calls) if any(each is one for one in timed)]
-    if _deliver is not None:
-        return _deliver("called", {"run": run.id, "steps": run.steps, "call": asdict(call), "times": times})
-    live.called(run, times)
+    with events.lock:  # ComfyUI's multi-GPU clones call on several threads, and a call is known by its index
+        run.calls.append(call)
+        times = [[i, each.ms] for i, each in enumerate(run.calls) if any(each is one for one in timed)]
+        if _deliver is not None:
+            return _deliver("called", {"run": run.id, "steps": run.steps, "call": asdict(call), "times": times})
+        live.called(run, times)
 
 
 def publish(run: Run) -> None:
@@ -66,8 +98,7 @@ def show(node_id: str | None, text: str, about: str = "") -> None:
         return _deliver("show", {"node_id": node_id, "text": text, "about": about})
     if about:
         live.noted(about, text)
-    server = sys.modules.get("server")  # present only inside ComfyUI's server process
-    instance = getattr(getattr(server, "PromptServer", None), "instance", None)
+    instance = host.server()
     if instance is not None and node_id is not None:
         instance.send_progress_text(text, node_id, instance.client_id)  # others may have another graph open
 

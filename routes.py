@@ -11,12 +11,11 @@ What changes something is a POST with a JSON body from the same origin, so that 
 
 import asyncio
 import json
-import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from . import events, live
+from . import events, host, live
 from .report import recent_runs
 
 STATUS_ROUTE, RUNS_ROUTE, RELEASE_ROUTE, LISTEN_ROUTE = (
@@ -42,11 +41,10 @@ def register(release: Callable[[], bool]) -> None:
 
     release: ends the workers; whether there were any.
     """
-    server = sys.modules.get("server")
-    instance = getattr(getattr(server, "PromptServer", None), "instance", None)
+    instance = host.server()
     if instance is None:
         return
-    from aiohttp import web
+    from aiohttp import ClientError, web
 
     def answering(handle: Callable[[Any], Awaitable[dict]]) -> Callable[[Any], Awaitable[Any]]:
         async def answer(request: Any) -> Any:
@@ -54,6 +52,8 @@ def register(release: Callable[[], bool]) -> None:
                 return web.json_response(await handle(request))
             except Refused as refused:
                 return web.json_response({"error": str(refused)}, status=refused.status)
+            except (ConnectionError, ClientError):  # the client has hung up: nobody reads the answer
+                return web.Response(status=400)
 
         return answer
 

@@ -40,6 +40,9 @@ class Run:
     accumulate: bool = False
     ended: bool = False
     error: str | None = None  # why it stopped early
+    prompt_id: str | None = None  # ComfyUI's, of the prompt that it was part of
+    workflow_id: str | None = None  # of the workflow that the prompt was made from
+    latent: list[float] = field(default_factory=list)  # values of the latent that it made (latents.py)
 
     @property
     def reused(self) -> int:
@@ -66,8 +69,10 @@ class Run:
         )
 
     def as_dict(self) -> dict:
-        """JSON-ready: every field, the summary's numbers included."""
-        return {**asdict(self), "reused": self.reused, "computed": self.computed, "speedup": self.speedup}
+        """JSON-ready: every field but `latent`, the summary's numbers included."""
+        fields = {**asdict(self), "reused": self.reused, "computed": self.computed, "speedup": self.speedup}
+        del fields["latent"]
+        return fields
 
 
 def finite(value: float | None) -> float | None:

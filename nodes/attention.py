@@ -26,21 +26,25 @@ class AttentionNode(io.ComfyNode):
                     "kernel",
                     options=list(KERNELS),
                     default=DEFAULTS.kernel,
+                    optional=True,
                     tooltip="auto times those that can run and takes the fastest; stock is ComfyUI's own.",
                 ),
                 io.Boolean.Input(
                     "trim_text",
                     default=DEFAULTS.trim_text,
+                    optional=True,
                     tooltip="Cut padded text tokens and drop their mask. Fast kernels cannot run with a mask.",
                 ),
                 io.Boolean.Input(
                     "allow_8bit",
                     default=DEFAULTS.allow_8bit,
+                    optional=True,
                     tooltip="Also admit kernels that compute in 8 bits: faster, and no longer exact.",
                 ),
                 io.Int.Input(
                     "exact_steps",
                     default=DEFAULTS.exact_steps,
+                    optional=True,
                     min=0,
                     max=1000,
                     tooltip="Under allow_8bit: this many first and last steps stay exact.",
@@ -52,6 +56,5 @@ class AttentionNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, kernel: str, trim_text: bool, allow_8bit: bool, exact_steps: int) -> io.NodeOutput:
-        config = AttentionConfig(kernel, trim_text, allow_8bit, exact_steps, cls.hidden.unique_id)
-        return io.NodeOutput(engine.edit(model, attention=config))
+    def execute(cls, model, **settings) -> io.NodeOutput:
+        return io.NodeOutput(engine.edit(model, attention=AttentionConfig(**settings, node_id=cls.hidden.unique_id)))

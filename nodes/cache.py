@@ -6,6 +6,8 @@ from .. import engine
 from ..plan import PREDICTORS, CacheConfig
 
 DEFAULTS = CacheConfig()
+# Inputs that have another name in CacheConfig.
+FIELDS = {"residual_diff_threshold": "threshold", "warmup_steps": "warmup_calls", "predict_order": "order"}
 
 
 class FirstBlockCacheNode(io.ComfyNode):
@@ -26,6 +28,7 @@ class FirstBlockCacheNode(io.ComfyNode):
                 io.Float.Input(
                     "residual_diff_threshold",
                     default=DEFAULTS.threshold,
+                    optional=True,
                     min=0.0,
                     max=1.0,
                     step=0.005,
@@ -35,6 +38,7 @@ class FirstBlockCacheNode(io.ComfyNode):
                 io.Float.Input(
                     "start_percent",
                     default=DEFAULTS.start_percent,
+                    optional=True,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -43,6 +47,7 @@ class FirstBlockCacheNode(io.ComfyNode):
                 io.Float.Input(
                     "end_percent",
                     default=DEFAULTS.end_percent,
+                    optional=True,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -51,6 +56,7 @@ class FirstBlockCacheNode(io.ComfyNode):
                 io.Int.Input(
                     "warmup_steps",
                     default=DEFAULTS.warmup_calls,
+                    optional=True,
                     min=0,
                     max=1000,
                     tooltip="Model calls at the start that are always computed.",
@@ -58,6 +64,7 @@ class FirstBlockCacheNode(io.ComfyNode):
                 io.Int.Input(
                     "max_consecutive_hits",
                     default=DEFAULTS.max_consecutive_hits,
+                    optional=True,
                     min=-1,
                     max=1000,
                     tooltip="Compute again after this many reused calls in a row; -1 for no limit.",
@@ -65,6 +72,7 @@ class FirstBlockCacheNode(io.ComfyNode):
                 io.Int.Input(
                     "predict_order",
                     default=DEFAULTS.order,
+                    optional=True,
                     min=0,
                     max=2,
                     tooltip="0 reuses the last computed call; 1 and 2 extrapolate from the last two or three.",
@@ -74,12 +82,14 @@ class FirstBlockCacheNode(io.ComfyNode):
                     "predictor",
                     options=list(PREDICTORS),
                     default=DEFAULTS.predictor,
+                    optional=True,
                     tooltip="How orders 1 and 2 extrapolate: fit to what the first block shows, or taylor over sigma.",
                     advanced=True,
                 ),
                 io.Boolean.Input(
                     "accumulate",
                     default=DEFAULTS.accumulate,
+                    optional=True,
                     tooltip="Compare the change summed since the last computed call, not the prediction's error.",
                     advanced=True,
                 ),
@@ -89,27 +99,6 @@ class FirstBlockCacheNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        residual_diff_threshold: float,
-        start_percent: float,
-        end_percent: float,
-        warmup_steps: int,
-        max_consecutive_hits: int,
-        predict_order: int,
-        predictor: str,
-        accumulate: bool,
-    ) -> io.NodeOutput:
-        config = CacheConfig(
-            threshold=residual_diff_threshold,
-            start_percent=start_percent,
-            end_percent=end_percent,
-            warmup_calls=warmup_steps,
-            max_consecutive_hits=max_consecutive_hits,
-            order=predict_order,
-            predictor=predictor,
-            accumulate=accumulate,
-            node_id=cls.hidden.unique_id,
-        )
-        return io.NodeOutput(engine.edit(model, cache=config))
+    def execute(cls, model, **settings) -> io.NodeOutput:
+        named = {FIELDS.get(name, name): value for name, value in settings.items()}
+        return io.NodeOutput(engine.edit(model, cache=CacheConfig(**named, node_id=cls.hidden.unique_id)))

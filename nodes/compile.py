@@ -26,12 +26,14 @@ class CompileNode(io.ComfyNode):
                     "mode",
                     options=list(COMPILE_MODES),
                     default=DEFAULTS.mode,
+                    optional=True,
                     tooltip="max-autotune tries more kernels: minutes of compilation for a few percent at most.",
                 ),
                 io.Combo.Input(
                     "dynamic",
                     options=list(DYNAMIC_SHAPES),
                     default=DEFAULTS.dynamic,
+                    optional=True,
                     tooltip=(
                         "auto: text of any length, and any size after the first change of size. on: any size from the "
                         "start. off: compiles again for each size and each length of text."
@@ -41,12 +43,14 @@ class CompileNode(io.ComfyNode):
                 io.Boolean.Input(
                     "warm_up",
                     default=DEFAULTS.warm_up,
+                    optional=True,
                     tooltip="Compile before the first step instead of inside it, with a status line.",
                     advanced=True,
                 ),
                 io.String.Input(
                     "cache_folder",
                     default=DEFAULTS.cache_folder,
+                    optional=True,
                     tooltip="Where compiled code is kept for the next start. Empty: PyTorch's own choice.",
                     advanced=True,
                 ),
@@ -56,6 +60,6 @@ class CompileNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, mode: str, dynamic: str, warm_up: bool, cache_folder: str) -> io.NodeOutput:
-        config = CompileConfig(mode, dynamic, warm_up, cache_folder.strip(), cls.hidden.unique_id)
+    def execute(cls, model, cache_folder: str = "", **settings) -> io.NodeOutput:
+        config = CompileConfig(**settings, cache_folder=cache_folder.strip(), node_id=cls.hidden.unique_id)
         return io.NodeOutput(engine.edit(model, compile=config))

@@ -24,6 +24,7 @@ class DemoPromptNode(io.ComfyNode):
                 io.Boolean.Input(
                     "padded",
                     default=False,
+                    optional=True,
                     tooltip="Pad to 256 tokens with an attention mask, as conditioning from other tools often is.",
                 ),
             ],
@@ -31,7 +32,7 @@ class DemoPromptNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, text: str, padded: bool) -> io.NodeOutput:
+    def execute(cls, text: str, padded: bool = False) -> io.NodeOutput:
         tokens, pooled = PromptEncoder().encode(text)
         extra = {"pooled_output": pooled}
         if padded:

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from .. import engine
 from ..plan import FP8_MODES, FP8Config
-from ..quantization import quantize_text_encoder, require_torchao
+from ..quantization import quantize_text_encoder
 
 DEFAULTS = FP8Config()
 
@@ -28,11 +28,13 @@ class FP8QuantizeNode(io.ComfyNode):
                     "mode",
                     options=list(FP8_MODES),
                     default=DEFAULTS.mode,
+                    optional=True,
                     tooltip="One scale per tensor or per row (token), or 8-bit storage with exact arithmetic.",
                 ),
                 io.Boolean.Input(
                     "modulation",
                     default=DEFAULTS.modulation,
+                    optional=True,
                     tooltip="Store the modulation layers in FP8 too: a quarter of HunyuanVideo's weights.",
                     advanced=True,
                 ),
@@ -42,10 +44,8 @@ class FP8QuantizeNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, mode: str, modulation: bool) -> io.NodeOutput:
-        require_torchao()
-        config = FP8Config(mode=mode, modulation=modulation, node_id=cls.hidden.unique_id)
-        return io.NodeOutput(engine.edit(model, fp8=config))
+    def execute(cls, model, **settings) -> io.NodeOutput:
+        return io.NodeOutput(engine.edit(model, fp8=FP8Config(**settings, node_id=cls.hidden.unique_id)))
 
 
 class FP8TextEncoderNode(io.ComfyNode):

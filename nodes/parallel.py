@@ -26,11 +26,13 @@ class ContextParallelNode(io.ComfyNode):
                 io.String.Input(
                     "devices",
                     default=DEFAULTS.devices,
+                    optional=True,
                     tooltip='"all" GPUs, or their numbers: "0,1". "cpu,cpu" for two processes on the CPU.',
                 ),
                 io.Int.Input(
                     "ulysses_degree",
                     default=DEFAULTS.ulysses_degree,
+                    optional=True,
                     min=0,
                     max=64,
                     tooltip="How many devices exchange heads for tokens; the fastest way over NVLink. 0: automatic.",
@@ -39,6 +41,7 @@ class ContextParallelNode(io.ComfyNode):
                 io.Int.Input(
                     "ring_degree",
                     default=DEFAULTS.ring_degree,
+                    optional=True,
                     min=0,
                     max=64,
                     tooltip="How many groups of them pass keys and values on in a ring, for slow links. 0: automatic.",
@@ -47,6 +50,7 @@ class ContextParallelNode(io.ComfyNode):
                 io.Boolean.Input(
                     "keep_warm",
                     default=DEFAULTS.keep_warm,
+                    optional=True,
                     tooltip="Keep the workers and the model in their memory for the next run.",
                 ),
             ],
@@ -55,9 +59,8 @@ class ContextParallelNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, devices: str, ulysses_degree: int, ring_degree: int, keep_warm: bool) -> io.NodeOutput:
-        config = ParallelConfig(devices, ulysses_degree, ring_degree, keep_warm, cls.hidden.unique_id)
-        return io.NodeOutput(engine.edit(model, parallel=config))
+    def execute(cls, model, **settings) -> io.NodeOutput:
+        return io.NodeOutput(engine.edit(model, parallel=ParallelConfig(**settings, node_id=cls.hidden.unique_id)))
 
 
 class ReleaseWorkersNode(io.ComfyNode):

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..preview import latent_to_frames
+from ..preview import SCALE, latent_to_frames
 
 
 class LatentVideoPreviewNode(io.ComfyNode):
@@ -25,8 +25,9 @@ class LatentVideoPreviewNode(io.ComfyNode):
                 io.Int.Input(
                     "scale",
                     default=1,
-                    min=1,
-                    max=16,
+                    min=SCALE[0],
+                    max=SCALE[1],
+                    optional=True,
                     tooltip=(
                         "Enlarge each latent pixel to this many pixels; 8 is the size of HunyuanVideo's decoded video "
                         "(16 for 1.5)."
@@ -37,5 +38,5 @@ class LatentVideoPreviewNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, samples: dict, scale: int) -> io.NodeOutput:
+    def execute(cls, model, samples: dict, scale: int = 1) -> io.NodeOutput:
         return io.NodeOutput(latent_to_frames(samples["samples"], model.model.latent_format, scale))

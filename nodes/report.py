@@ -7,9 +7,15 @@ import torch
 from comfy_api.latest import io
 
 from .. import engine
-from ..picture import draw_run
-from ..report import recent_runs
-from ..runs import Run
+from ..picture import HEIGHT, WIDTH, draw_run
+from ..report import run_of
+
+
+def _side(name: str, default: int, limits: tuple[int, int]) -> io.Int.Input:
+    tooltip = "Of the picture, in pixels."
+    return io.Int.Input(
+        name, default=default, min=limits[0], max=limits[1], step=8, tooltip=tooltip, optional=True, advanced=True
+    )
 
 
 class CacheReportNode(io.ComfyNode):
@@ -21,24 +27,14 @@ class CacheReportNode(io.ComfyNode):
             category="Skein",
             search_aliases=["cache curve", "cache statistics", "residual plot", "speedup"],
             description=(
-                "The last run of a model's First-Block Cache as a picture (the change of each model call, the "
-                "threshold, what was reused) and as JSON. The latent makes it wait for the sampler."
+                "A run of a model's First-Block Cache as a picture (the change of each model call, the threshold, what "
+                "was reused) and as JSON: the run that made the latent."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model that was sampled, with First-Block Cache on it."),
-                io.Latent.Input("latent", tooltip="What the sampler made of it; only waited for."),
-                io.Int.Input(
-                    "width", default=960, min=256, max=4096, step=8, tooltip="Of the picture, in pixels.", advanced=True
-                ),
-                io.Int.Input(
-                    "height",
-                    default=480,
-                    min=192,
-                    max=4096,
-                    step=8,
-                    tooltip="Of the picture, in pixels.",
-                    advanced=True,
-                ),
+                io.Latent.Input("latent", tooltip="The sampler's own latent; tells which run is shown."),
+                _side("width", 960, WIDTH),
+                _side("height", 480, HEIGHT),
             ],
             outputs=[
                 io.Image.Output("picture", tooltip="One RGB image."),
@@ -47,21 +43,7 @@ class CacheReportNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, latent: dict, width: int, height: int) -> io.NodeOutput:
-        run = last_run(model)
+    def execute(cls, model, latent: dict, width: int = 960, height: int = 480) -> io.NodeOutput:
+        run = run_of(latent["samples"], engine.plan_of(model).cache)
         pixels = np.asarray(draw_run(run, width, height), dtype=np.float32) / 255
         return io.NodeOutput(torch.from_numpy(pixels).unsqueeze(0), json.dumps(run.as_dict(), indent=2))
-
-
-def last_run(model) -> Run:
-    """The last run of the First-Block Cache on this model. Raises ValueError if there is none."""
-    cache = engine.plan_of(model).cache
-    if cache is None or cache.threshold == 0:
-        raise ValueError(
-            "There is no First-Block Cache on this model, or its threshold is 0; connect the model that comes out of "
-            "the cache's node."
-        )
-    for run in reversed(recent_runs()):
-        if run.node_id == cache.node_id and run.calls:
-            return run
-    raise ValueError("This model's First-Block Cache has not run yet; connect the latent of the sampler that uses it.")

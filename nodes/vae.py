@@ -12,7 +12,7 @@ DEFAULTS = DecodeConfig()
 def _size(name: str, least: int, step: int, tooltip: str) -> io.Int.Input:
     """A size as ComfyUI's VAE Decode (Tiled) has it."""
     default = getattr(DEFAULTS, name)
-    return io.Int.Input(name, default=default, min=least, max=4096, step=step, tooltip=tooltip, advanced=True)
+    return io.Int.Input(name, default=default, min=least, max=4096, step=step, tooltip=tooltip, optional=True, advanced=True)
 
 
 class VAEDecodeNode(io.ComfyNode):
@@ -34,11 +34,13 @@ class VAEDecodeNode(io.ComfyNode):
                     "mode",
                     options=list(DECODE_MODES),
                     default=DEFAULTS.mode,
+                    optional=True,
                     tooltip="whole: exact. tiled: less memory, and seams are blended. auto: whole where it fits.",
                 ),
                 io.String.Input(
                     "devices",
                     default=DEFAULTS.devices,
+                    optional=True,
                     tooltip='"all" GPUs, or their numbers: "0,1". "cpu,cpu" for two processes on the CPU.',
                 ),
                 _size("tile_size", 64, 32, "Side of a tile, in pixels."),
@@ -62,13 +64,17 @@ class VAEDecodeNode(io.ComfyNode):
         return True
 
     @classmethod
-    def check_lazy_status(cls, vae, mode: str, devices: str, samples: dict | None = None, **sizes: int) -> list[str]:
+    def check_lazy_status(
+        cls, vae, mode: str = DEFAULTS.mode, devices: str = DEFAULTS.devices, samples: dict | None = None, **sizes: int
+    ) -> list[str]:
         """ComfyUI asks which lazy inputs to compute once it has the others: what the VAE alone tells is refused here,
         before the sampling."""
         check(vae, DecodeConfig(mode, devices, **sizes, node_id=None))
         return ["samples"]
 
     @classmethod
-    def execute(cls, samples: dict, vae, mode: str, devices: str, **sizes: int) -> io.NodeOutput:
+    def execute(
+        cls, samples: dict, vae, mode: str = DEFAULTS.mode, devices: str = DEFAULTS.devices, **sizes: int
+    ) -> io.NodeOutput:
         frames = decode(vae, samples["samples"], DecodeConfig(mode, devices, **sizes, node_id=cls.hidden.unique_id))
         return io.NodeOutput(frames.flatten(0, 1) if frames.ndim == 5 else frames)

@@ -10,7 +10,6 @@ supports gives the same files.
 """
 
 import json
-import uuid
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -172,7 +171,7 @@ def run_order(prompt: dict) -> list[str]:
     return list(TopologicalSorter(sources).static_order())
 
 
-def make_workflow(name: str, prompt: dict, note: str, object_info: dict) -> dict:
+def make_workflow(prompt: dict, note: str, object_info: dict) -> dict:
     """The canvas's workflow (format 0.4) of an API prompt; the same input gives the same output."""
     order = run_order(prompt)
     by_key = {key: make_node(key, order.index(key), entry, object_info) for key, entry in prompt.items()}
@@ -182,7 +181,7 @@ def make_workflow(name: str, prompt: dict, note: str, object_info: dict) -> dict
         node["size"] = node["size"] or default_size(node)
     nodes.append(make_note(note, nodes))
     return {
-        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"skein/workflows/{name}")),
+        # No "id": the page gives each opening one of its own, so that a run's workflow is told from another copy.
         "revision": 0,
         "last_node_id": max(node["id"] for node in nodes),
         "last_link_id": len(links),
@@ -203,7 +202,7 @@ def names() -> list[str]:
 def build(name: str, object_info: dict) -> dict:
     """The workflow made of the API prompt and the note called `name`."""
     prompt, note = (API / f"{name}.json").read_text(), (API / f"{name}.md").read_text()
-    return make_workflow(name, json.loads(prompt), note.strip(), object_info)
+    return make_workflow(json.loads(prompt), note.strip(), object_info)
 
 
 def draw_thumbnail(path: Path, lines: tuple[str, ...]) -> None:

@@ -1,16 +1,22 @@
 """Live events and routes of a real server, as a program without a browser meets them."""
 
+import asyncio
+import gc
 import http.client
 import json
+import socket
 import threading
 import time
+import types
 from contextlib import contextmanager
 
 import pytest
 import torch
 import websocket
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 from graphs import SAMPLER, seeded
-from skein import events, live
+from skein import events, host, live
 from skein.demo.run import node_id
 from skein.report import add
 from skein.runs import Call, Run
@@ -86,6 +92,42 @@ def test_nothing_is_sent_unasked(server, prompt):
     channel.close()
 
 
+def test_many_listeners_share_the_messages_of_a_few(server, prompt):
+    """What sending takes of the server's process does not grow with the listeners, and none misses an event. They only
+    read when the run is over, so that they take nothing of the machine meanwhile."""
+    graph = seeded(prompt, 306)
+    graph[node_id(graph, SAMPLER)]["inputs"]["steps"] = 24
+    channels = [
+        websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId=many{i}", timeout=120)
+        for i in range(400)
+    ]
+    for i in range(len(channels)):
+        server.post("/skein/listen", {"client_id": f"many{i}", "listen": True})
+    started = time.monotonic()
+    server.run(graph)
+    seconds = time.monotonic() - started
+    received = [received_until_the_end(channel) for channel in channels]
+    for channel in channels:
+        channel.close()
+    sent = sum(map(len, received))
+    assert sent / seconds < 400, f"{sent} messages in {seconds:.1f} s"
+    for messages in received:
+        numbers = [event["seq"] for message in messages for event in message]
+        assert len(messages) > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+def received_until_the_end(channel):
+    """The events of each message until the one that says that sampling has ended."""
+    messages = []
+    while True:
+        message = channel.recv()
+        event = json.loads(message) if isinstance(message, str) else {"type": "binary"}
+        if event["type"] == "skein.events":
+            messages.append(event["data"]["events"])
+            if any(each["kind"] == "sampling" and not each["sampling"]["running"] for each in messages[-1]):
+                return messages
+
+
 def test_status_lines_go_to_the_page_that_has_asked_for_the_run(server, prompt):
     """Another may have another graph open, with another node of the same id."""
     channel = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId=other", timeout=120)
@@ -109,6 +151,27 @@ def test_telling_costs_microseconds():
     assert (time.perf_counter() - started) / 1000 < 1e-3
     run.ended = True
     assert events._pending == []
+
+
+def test_calls_on_two_threads_get_an_index_each(monkeypatch):
+    """As ComfyUI's multi-GPU clones call: the second call ends while the first is being told of."""
+    told = []
+    monkeypatch.setattr(events, "emit", lambda kind, **data: told.append(data["index"]) if kind == "call" else None)
+    run, first_waits, second_ends = Run(), threading.Event(), threading.Event()
+
+    def no_times():
+        first_waits.set()
+        second_ends.wait(0.5)
+        yield from ()
+
+    first = threading.Thread(target=lambda: add(run, Call(0.5, 0.01, 0.06, True), no_times()))
+    first.start()
+    first_waits.wait(10)
+    second = threading.Thread(target=lambda: (add(run, Call(0.5, 0.01, 0.06, False)), second_ends.set()))
+    second.start()
+    first.join(10)
+    second.join(10)
+    assert sorted(told) == [0, 1]
 
 
 def test_calls_whose_time_is_not_known_do_not_count_as_speedup():
@@ -173,6 +236,47 @@ def test_bad_requests_get_a_sentence(server, method, path, body, headers, status
     assert server.alive()
 
 
+@pytest.mark.parametrize("path", ["/skein/release", "/skein/listen"])
+def test_a_client_that_hangs_up_in_its_body_leaves_no_traceback(server, path):
+    before = len(server.log.read_text(errors="replace"))
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as caller:
+        caller.sendall(head.encode() + b'{"client_id"')
+        time.sleep(0.5)
+    time.sleep(0.5)
+    assert answer(server, "GET", "/skein/runs")[0] == 200
+    assert "Traceback" not in server.log.read_text(errors="replace")[before:]
+
+
+def test_clients_that_have_left_are_forgotten_without_an_event(monkeypatch):
+    """With websockets as ComfyUI keeps them: `sockets` is all that holds a connection."""
+    comfyui = types.SimpleNamespace(sockets={})
+    monkeypatch.setattr(host, "server", lambda: comfyui)
+
+    async def serve(request):
+        connection = comfyui.sockets[request.query["clientId"]] = web.WebSocketResponse()
+        await connection.prepare(request)
+        assert events.listen(request.query["clientId"], True)
+        async for _ in connection:
+            pass
+        del comfyui.sockets[request.query["clientId"]]
+        return connection
+
+    async def come_and_leave():
+        app = web.Application()
+        app.router.add_get("/ws", serve)
+        async with TestClient(TestServer(app)) as client:
+            for i in range(20):
+                connection = await client.ws_connect(f"/ws?clientId={i}")
+                while events.listened_to() is None:
+                    await asyncio.sleep(0.01)
+                await connection.close()
+
+    asyncio.run(come_and_leave())
+    gc.collect()
+    assert len(events._listeners) == 0 and events.listened_to() is None
+
+
 @pytest.mark.parametrize("origin", ["https://elsewhere.example", "http://127.0.0.1:1", "null"])
 @pytest.mark.parametrize("path", ["/skein/release", "/api/skein/release"])
 def test_another_origin_cannot_release(server, path, origin):
@@ -203,6 +307,7 @@ def test_status_in_the_middle_of_a_run_and_after_an_interrupt(server, prompt):
     while not (
         (status := server.get("/skein/status"))["runs"]
         and status["runs"][-1]["calls"]
+        and not status["runs"][-1]["ended"]  # the one before, until this one begins
         and status["sampling"]["running"]
     ):
         assert time.monotonic() < deadline

@@ -1,14 +1,18 @@
 """The Cache Report node and its picture: what is drawn is what the run was."""
 
 import json
+import time
 
 import numpy as np
 import pytest
+import torch
+from comfy.latent_formats import HunyuanVideo
 from graphs import CACHE, SAMPLER, seeded
 from PIL import Image, ImageColor
-from skein.demo.run import node_id
-from skein.demo.server import PromptError
+from skein.demo.run import in_workers, node_id
+from skein.demo.server import ComfyServer, PromptError, comfyui_path
 from skein.picture import COMPUTED, REUSED, THRESHOLD, draw_run
+from skein.preview import latent_to_frames
 from skein.runs import Call, Run
 
 
@@ -52,6 +56,20 @@ def test_a_run_without_calls_is_refused():
         draw_run(Run())
 
 
+@pytest.mark.parametrize("size", [0, 1, -1, 2**62])
+def test_a_size_that_is_no_picture_gets_a_sentence(size):
+    with pytest.raises(ValueError, match=f"width must be 256 to 4096 pixels, not {size}"):
+        draw_run(run_of([None, 0.1]), size, 480)
+    with pytest.raises(ValueError, match=f"height must be 192 to 4096 pixels, not {size}"):
+        draw_run(run_of([None, 0.1]), 960, size)
+
+
+@pytest.mark.parametrize("scale", [0, -1, 17, 10**6])
+def test_a_scale_that_is_no_preview_gets_a_sentence(scale):
+    with pytest.raises(ValueError, match=f"scale must be 1 to 16, not {scale}"):
+        latent_to_frames(torch.zeros(1, 16, 1, 4, 4), HunyuanVideo(), scale)
+
+
 def with_report(graph):
     """The graph with a report, its picture saved and its numbers kept."""
     sources = {"model": [node_id(graph, CACHE), 0], "latent": [node_id(graph, SAMPLER), 0]}
@@ -69,6 +87,73 @@ def test_the_node_reports_the_run_that_made_the_latent(server, prompt):
     with Image.open(server.file(outputs["save"]["images"][0])) as image:
         assert image.size == (640, 320)
         assert columns(pixels(image, REUSED), 640) == run["reused"]
+
+
+@pytest.fixture(scope="module")
+def remembering():
+    """A server that keeps the outputs of nodes beyond the next prompt, so that an old latent meets a newer run."""
+    with ComfyServer(comfyui_path(), ("--cache-lru", "50")) as running:
+        yield running
+
+
+def report_of(server, graph, width=640):
+    graph["report"]["inputs"]["width"] = width
+    return json.loads(server.run(graph)["text"]["text"][0])
+
+
+def test_an_old_latent_gets_the_report_of_its_own_run(remembering, prompt):
+    first = report_of(remembering, with_report(seeded(prompt, 411)))
+    second = report_of(remembering, with_report(seeded(prompt, 412)))
+    again = report_of(remembering, with_report(seeded(prompt, 411)), width=648)
+    assert len(remembering.get("/skein/runs")["runs"]) == 2  # the sampler did not run a third time
+    assert first["id"] != second["id"]
+    assert again == first
+
+
+def test_of_two_runs_with_one_latent_the_one_with_the_models_threshold(remembering, prompt):
+    """Thresholds below every change: nothing is reused, so both runs end with the same latent."""
+    graphs = [with_report(seeded(prompt, 413)) for _ in range(2)]
+    for graph, threshold in zip(graphs, (1e-6, 2e-6)):
+        graph[node_id(graph, CACHE)]["inputs"]["residual_diff_threshold"] = threshold
+    reports = [report_of(remembering, graph) for graph in graphs]
+    assert [report["calls"][0]["threshold"] for report in reports] == [1e-6, 2e-6]
+    assert report_of(remembering, graphs[0], width=648) == reports[0]
+
+
+def test_a_latent_that_no_run_ended_with_gets_a_sentence(remembering, prompt):
+    graph = with_report(seeded(prompt, 414))
+    made = graph["report"]["inputs"]["latent"]
+    graph["half"] = {"class_type": "LatentMultiply", "inputs": {"samples": made, "multiplier": 0.5}}
+    graph["report"]["inputs"]["latent"] = ["half", 0]
+    with pytest.raises(PromptError, match="connect the sampler's own latent"):
+        remembering.run(graph)
+
+
+def test_a_run_knows_its_prompt_and_workflow(remembering, prompt):
+    told = {"prompt": seeded(prompt, 415), "extra_data": {"extra_pnginfo": {"workflow": {"id": "of-a-page"}}}}
+    sent = remembering.post("/prompt", told)["prompt_id"]
+    while sent not in remembering.get(f"/history/{sent}"):
+        time.sleep(0.1)
+    run = remembering.get("/skein/runs")["runs"][-1]
+    assert (run["prompt_id"], run["workflow_id"]) == (sent, "of-a-page")
+    remembering.run(seeded(prompt, 416))  # as a program sends it, without a workflow
+    run = remembering.get("/skein/runs")["runs"][-1]
+    assert run["prompt_id"] != sent and run["workflow_id"] is None
+
+
+def test_a_run_in_workers_is_found_by_its_latent(server, prompt):
+    graph = with_report(in_workers(seeded(prompt, 403), "cpu,cpu"))
+    assert report_of(server, graph) == server.get("/skein/runs")["runs"][-1]
+    server.post("/skein/release", {})
+
+
+def test_a_linked_value_gets_the_same_sentence(server, prompt):
+    """ComfyUI does not hold values that come by a link against the limits of a widget."""
+    graph = with_report(seeded(prompt, 404))
+    graph["number"] = {"class_type": "PrimitiveInt", "inputs": {"value": 0}}
+    graph["report"]["inputs"]["width"] = ["number", 0]
+    with pytest.raises(PromptError, match="width must be 256 to 4096 pixels, not 0"):
+        server.run(graph)
 
 
 @pytest.mark.parametrize(

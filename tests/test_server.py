@@ -36,6 +36,27 @@ def test_the_demo_workflow_runs_and_its_calls_are_reported(server, prompt):
     assert run["computed"] + run["reused"] == 6
 
 
+def test_api_workflows_of_versions_with_fewer_inputs_go_on(server, prompt):
+    """ComfyUI refuses a prompt that lacks a required input, whatever its default: only links are required."""
+    own = {name: node for name, node in server.get("/object_info").items() if name.startswith("Skein")}
+    links = {"MODEL", "LATENT", "CLIP", "VAE", "CONDITIONING"}
+    required = {
+        f"{name}.{each}" for name, node in own.items() for each, (kind, *_) in node["input"]["required"].items()
+        if kind not in links
+    }  # fmt: skip
+    assert required == {"SkeinDemoPrompt.text"}
+    graph = with_all_nodes(prompt)
+    cache, sampler = node_id(graph, CACHE), node_id(graph, SAMPLER)
+    graph["report"] = {"class_type": "SkeinCacheReport", "inputs": {"model": [cache, 0], "latent": [sampler, 0]}}
+    graph["look"] = {"class_type": "SkeinLatentVideoPreview", "inputs": {"model": [cache, 0], "samples": [sampler, 0]}}
+    for name, image in (("report", ["report", 0]), ("look", ["look", 0])):
+        graph[f"{name}-image"] = {"class_type": "PreviewImage", "inputs": {"images": image}}
+    for node in graph.values():
+        if node["class_type"] in own and node["class_type"] != PROMPT:
+            node["inputs"] = {name: value for name, value in node["inputs"].items() if isinstance(value, list)}
+    assert {"report-image", "look-image"} <= set(server.run(graph))
+
+
 def test_padded_conditioning_runs(server, prompt):
     graph = copy.deepcopy(prompt)
     graph[graph[node_id(graph, SAMPLER)]["inputs"]["positive"][0]]["inputs"]["padded"] = True

@@ -68,10 +68,14 @@ const actions = {
   },
 
   async apply(run, threshold) {
+    if (run.workflow_id === null) throw new Error(t("This run was sent by a program; there is no workflow to write into."));
+    if (run.workflow_id !== (app.rootGraph ?? app.graph).id) {
+      throw new Error(t("This run came from another workflow; open that one first."));
+    }
     const node = findNode(run.node_id);
     const widget = node?.comfyClass === CACHE_NODE && node.widgets?.find((each) => each.name === THRESHOLD);
     if (!widget) throw new Error(t("The node of this run is not in the open workflow."));
-    if (node.inputs?.some((input) => input.widget?.name === THRESHOLD && input.link != null)) {
+    if (node.inputs?.some((input, slot) => input.widget?.name === THRESHOLD && node.isInputConnected(slot))) {
       throw new Error(t("The threshold of this node comes from another node; change it there."));
     }
     widget.value = threshold;

@@ -15,7 +15,12 @@ OPEN_PANEL = "() => app.extensionManager.command.execute('Workspace.ToggleBottom
 POINTS = ".skein-picture:not([hidden]) :is(circle, path)"  # of the curve, while it is shown
 CACHE = "SkeinFirstBlockCache"
 WIDGET = "residual_diff_threshold"
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": False, "Comfy.ColorPalette": "dark"}
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.VueNodes.Enabled": False,
+    "Comfy.ColorPalette": "dark",
+    "Comfy.Locale": "en",
+}
 # Of ComfyUI's own start: files of a new user that are not there yet.
 NOT_OURS = re.compile(r"/(userdata|user\.css|api/userdata|settings|i18n/|templates/|assets/)|favicon")
 
@@ -131,6 +136,7 @@ def is_comfyuis_own(text: str, where: str) -> bool:
         (text.startswith("Failed to load resource") and NOT_OURS.search(where))
         or "graph accessed before initialization" in text
         or "legacy queue/history menu is deprecated" in text  # its own, at its own start
+        or "input.link is deprecated" in text  # ours is told apart in test_panel.py
         or "ComfyApp.open_maskeditor is deprecated" in text
         # It looks up missing models and unknown packs, and its own policy does not let it.
         or ("Content Security Policy" in text and "/assets/" in where)

@@ -22,5 +22,6 @@ def browser():
 
 @pytest.fixture(scope="package")
 def ui_server():
-    with ComfyServer(comfyui_path()) as running:
+    front_end = os.environ.get("SKEIN_FRONT_END")  # a folder, in the place of the one that ComfyUI asks for
+    with ComfyServer(comfyui_path(), ("--front-end-root", front_end) if front_end else ()) as running:
         yield running

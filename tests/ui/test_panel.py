@@ -65,9 +65,8 @@ def check_slider(comfy, run):
     estimate = comfy.page.locator(".skein-estimate")
     expect(estimate).to_contain_text(f"{comparable} of 12 reused")
     assert comfy.page.locator(".skein-differs").count() == comparable - run["reused"]
-    comfy.move_slider(0.1)
+    write_threshold(comfy, 0.1)
     comfy.screenshot("slider")
-    comfy.panel.get_by_role("button", name="Write 0.1 into the node").click()
     expect(comfy.panel.get_by_text("counts from the next run on")).to_be_visible()
     assert comfy.widget() == 0.1
     slider = comfy.panel.get_by_role("slider")
@@ -163,8 +162,7 @@ def test_the_vue_renderer_and_both_themes(browser, ui_server, palette):
         comfy.open_panel()
         comfy.queue()
         comfy.wait_for_state("finished")
-        comfy.move_slider(0.123)
-        comfy.panel.get_by_role("button", name="Write 0.123 into the node").click()
+        write_threshold(comfy, 0.123)
         assert comfy.widget() == 0.123
         node = comfy.page.locator("[data-node-id='2']")
         expect(node).to_be_visible()
@@ -223,6 +221,15 @@ LINK_THRESHOLD = """([type, name]) => {
 }"""
 
 
+SERIALIZED = "() => app.graph.serialize()"
+REPEAT_WARNINGS = "() => { LiteGraph.alwaysRepeatWarnings = true; }"
+
+
+def write_threshold(comfy, value):
+    comfy.move_slider(value)
+    comfy.panel.get_by_role("button", name=f"Write {value} into the node").click()
+
+
 def test_a_threshold_that_comes_from_another_node_is_not_written(browser, ui_server):
     with ComfyPage(browser, ui_server) as comfy:
         comfy.open_workflow(demo_workflow(seed=8))
@@ -231,10 +238,36 @@ def test_a_threshold_that_comes_from_another_node_is_not_written(browser, ui_ser
         comfy.wait_for_state("finished")
         comfy.page.evaluate(LINK_THRESHOLD, [CACHE, WIDGET])
         before = comfy.widget()
-        comfy.move_slider(0.123)
-        comfy.panel.get_by_role("button", name="Write 0.123 into the node").click()
+        comfy.page.evaluate(REPEAT_WARNINGS)
+        said = len(comfy.console)
+        write_threshold(comfy, 0.123)
         expect(comfy.panel.get_by_text("comes from another node")).to_be_visible()
         assert comfy.widget() == before
+        assert [text for _, text, _ in comfy.console[said:] if "deprecated" in text] == []
+
+
+def test_only_the_workflow_that_ran_is_written_into(browser, ui_server, prompt):
+    """A second copy of a template has a node of the same number and kind; a program's prompt has no workflow."""
+    with ComfyPage(browser, ui_server) as comfy:
+        comfy.open_workflow(demo_workflow(seed=10))
+        ran = comfy.page.evaluate(SERIALIZED)
+        comfy.open_panel()
+        comfy.queue()
+        comfy.wait_for_state("finished")
+        comfy.open_workflow(demo_workflow(seed=10))
+        write_threshold(comfy, 0.11)
+        expect(comfy.panel.get_by_text("came from another workflow")).to_be_visible()
+        assert comfy.widget() == 0.06
+        comfy.open_workflow(ran)
+        write_threshold(comfy, 0.12)
+        expect(comfy.panel.get_by_text("counts from the next run on")).to_be_visible()
+        assert comfy.widget() == 0.12
+
+        ui_server.run(prompt)
+        comfy.wait_for_state("finished")
+        write_threshold(comfy, 0.13)
+        expect(comfy.panel.get_by_text("sent by a program")).to_be_visible()
+        assert comfy.widget() == 0.12 and comfy.complaints() == []
 
 
 def test_behind_another_tab_of_the_bottom_panel_nothing_is_sent(browser, ui_server):
@@ -262,4 +295,3 @@ def test_the_panel_and_the_nodes_in_chinese(browser, ui_server):
         shown = comfy.page.evaluate("(type) => LiteGraph.registered_node_types[type].title", CACHE)
         assert names[CACHE]["display_name"] in [shown, *titles]
         assert comfy.complaints() == []
-    ui_server.post("/settings", {"Comfy.Locale": "en"})
