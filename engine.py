@@ -18,21 +18,21 @@ import comfy.model_patcher
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from torch import Tensor, nn
+from torch import nn
 
-from . import live
-from .attention import AttentionHook, Selection, override
+from . import conflicts, live
+from .attention import AttentionHook, Selection, stock
 from .cache import CacheHook, FirstBlockCache
-from .compilation import CompiledBlocks, compile_settings
+from .compilation import CompiledBlocks, compile_settings, require_own_folder
 from .estimate import Load, advice
 from .files import files_of
 from .latents import some_values
 from .models import BlockKey, find_stack
 from .parallel import Mesh, Sharding, delegated, visible_devices
 from .parallel.machines import machines
-from .patchers import PLAIN_KEY, TWIN_KEY, keep, only_for, plain, refuse_late_code, refuse_multigpu
+from .patchers import PLAIN_KEY, TWIN_KEY, keep, only_for, plain, unload
 from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
-from .quantization import quantized
+from .quantization import is_quantized, quantized
 from .report import begin, note, publish, show
 from .runs import Run
 from .stopwatch import Stopwatch
@@ -42,10 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("skein")
 
-OTHER_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}  # wrapper keys of ComfyUI's own caches
-COMPILE_KEY = "torch.compile"  # wrapper key of ComfyUI's own compilation, and of set_torch_compile_wrapper
 ATTENTION_PATCHES = ("attn1_patch", "attn1_output_patch")  # told the index of their block: a graph for each block
-OVERRIDE = "optimized_attention_override"
 
 
 def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
@@ -104,18 +101,18 @@ def applied(plan: Plan, guider, mesh: Mesh | None = None) -> Iterator[None]:
         # Wrappers run in this order, blocks the other way round: the cache decides before a compiled block is entered.
         with ExitStack() as techniques:
             if mesh is None:
+                _refuse_conflicts(plan, guider)
                 transformer_options = guider.model_options["transformer_options"]
                 add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, live.step, transformer_options)
             if plan.parallel is not None and mesh is None:
                 if plan.cache is not None:
-                    _refuse_other_caches(guider.model_options["transformer_options"])
                     plan = replace(
                         plan, cache=replace(plan.cache, sigmas=cache_sigmas(plan.cache, guider.model_patcher))
                     )
                 techniques.enter_context(delegated(plan, guider))
                 plan = Plan()
             if plan.fp8 is not None or plan.compile is not None:
-                techniques.enter_context(plain(guider, "FP8" if plan.fp8 else "Compile Blocks"))
+                techniques.enter_context(plain(guider))
             sharding = None if mesh is None or mesh.world == 1 else _sharding(mesh, guider)
             if plan.fp8 is not None:
                 techniques.enter_context(_quantizing(plan.fp8, guider))
@@ -132,11 +129,22 @@ def applied(plan: Plan, guider, mesh: Mesh | None = None) -> Iterator[None]:
         guider.model_options = options
 
 
+def _refuse_conflicts(plan: Plan, guider) -> None:
+    """Raises ValueError for what other nodes have put on the model, or has the run do so for what they put on later."""
+    patcher = guider.model_patcher
+    left_alone = ("fp8",) if plan.fp8 is not None and is_quantized(patcher.model) else ()
+    conflicts.refuse(plan, guider, left_alone)
+    for technique in plan.techniques[:1]:
+        conflicts.watch(guider.model_options["transformer_options"], technique, patcher)
+        if patcher.model.diffusion_model is not patcher.get_model_object("diffusion_model"):
+            unload(patcher)  # another workflow's object patch is on it still
+
+
 @contextmanager
 def _quantizing(config: FP8Config, guider) -> Iterator[None]:
     """The model's FP8 twin in the model's place, before ComfyUI loads it."""
     source = guider.model_patcher
-    refuse_late_code(guider.model_options["transformer_options"], "FP8", source)
+    conflicts.watch(guider.model_options["transformer_options"], "fp8", source)
     try:
         with quantized(source, config) as guider.model_patcher:
             yield
@@ -150,32 +158,12 @@ def _attending(config: AttentionConfig | None, guider, sharding: Sharding | None
     config = config or AttentionConfig(kernel="stock", trim_text=False)
     find_stack(guider.model_patcher.model.diffusion_model)  # refuses models that it does not know
     transformer_options = guider.model_options["transformer_options"]
-    before = transformer_options.get(OVERRIDE)
-    if before is not None:
-        winner = "it runs" if config.kernel == "stock" else "Skein's runs in the blocks; kernel stock would leave them"
-        logger.info("Skein attention: another node has set an attention of its own; %s.", winner)
-    selection = Selection(config, _stock_attention(before, transformer_options), say=partial(note, "attention"))
+    selection = Selection(config, partial(stock, optimized_attention), say=partial(note, "attention"))
     hook = AttentionHook(selection, config.trim_text, sharding.around if sharding else lambda attend, exact: attend)
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, hook.around_model, transformer_options)
-    transformer_options[OVERRIDE] = override if before is None else _chained(before)
+    hook.put_on(transformer_options)
     yield
     show(config.node_id, "; ".join(selection.reasons), "attention" if selection.reasons else "")
-
-
-def _stock_attention(before: Callable | None, transformer_options: dict) -> Callable[..., Tensor]:
-    """The attention that would run without Skein, of (B, H, S, D) as (B, S, H, D), with a mask or none."""
-    options = {} if before is None else {**transformer_options, OVERRIDE: before}
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        out = optimized_attention(q, k, v, q.shape[1], mask=mask, skip_reshape=True, transformer_options=options)
-        return out.unflatten(2, (q.shape[1], -1))
-
-    return attend
-
-
-def _chained(before: Callable) -> Callable:
-    """Skein's override with another node's behind it, for what Skein's leaves alone."""
-    return lambda func, *args, **kwargs: override(partial(before, func), *args, **kwargs)
 
 
 @contextmanager
@@ -183,14 +171,10 @@ def _compiling(config: CompileConfig, guider) -> Iterator[None]:
     patcher = guider.model_patcher
     stack = find_stack(patcher.model.diffusion_model)
     transformer_options = guider.model_options["transformer_options"]
-    if transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(COMPILE_KEY):
-        raise ValueError("TorchCompileModel and Skein's Compile cannot work on one model; remove one of them.")
-    refuse_multigpu(patcher, "Skein's Compile")
-    if any(transformer_options.get("patches", {}).get(name) for name in ATTENTION_PATCHES):
-        logger.warning(
-            "Skein compile: another node's attention patch runs inside of the blocks, so they run uncompiled."
-        )
-        show(config.node_id, "uncompiled: another node's attention patch runs inside of the blocks", "compile")
+    obstacle = _compile_obstacle(transformer_options)
+    if obstacle:
+        logger.warning("Skein compile: the blocks run uncompiled, because %s.", obstacle)
+        show(config.node_id, f"uncompiled: {obstacle}", "compile")
         yield
         return
     if transformer_options.get("patches") or transformer_options.get("patches_replace"):
@@ -198,13 +182,30 @@ def _compiling(config: CompileConfig, guider) -> Iterator[None]:
     blocks = CompiledBlocks(config, partial(show, config.node_id, about="compile"))
     keys = [f"diffusion_model.{name}" for name in stack.modules]
     modules = [patcher.model.get_submodule(key) for key in keys]
-    set_torch_compile_wrapper(_RunView(patcher, transformer_options), keys=keys, **compile_settings(config))
+    settings = compile_settings(config)
+    try:
+        set_torch_compile_wrapper(_RunView(patcher, transformer_options), keys=keys, **settings)
+    except Exception as error:  # of the compiler's own: nothing of the model runs here
+        blocks.give_up("a block", error, patcher.model.diffusion_model)
+        yield
+        return
     around_model = only_for(patcher.model.diffusion_model, blocks.around_model, "Compile Blocks")
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, around_model, transformer_options)
     for key, module in zip(stack.keys, modules):
         _wrap_block(transformer_options, key, blocks.around_block(key, module), innermost=True)
     with blocks.settings(), _frozen(patcher.model.diffusion_model):
         yield
+
+
+def _compile_obstacle(transformer_options: dict) -> str:
+    """Why blocks are not compiled, in words; empty if nothing stands in the way."""
+    if any(transformer_options.get("patches", {}).get(name) for name in ATTENTION_PATCHES):
+        return "another node's attention patch runs inside of the blocks"
+    try:
+        require_own_folder()
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
 
 
 @contextmanager
@@ -241,7 +242,6 @@ def _caching(config: CacheConfig, guider, mesh: Mesh | None) -> Iterator[None]:
     patcher = guider.model_patcher
     stack = find_stack(patcher.model.diffusion_model)
     transformer_options = guider.model_options["transformer_options"]
-    _refuse_other_caches(transformer_options)
     if len(stack.keys) < 2:
         raise ValueError(f"This model has {len(stack.keys)} block(s); the first-block cache needs at least two.")
 
@@ -312,11 +312,3 @@ def _wrap_block(transformer_options: dict, key: BlockKey, wrapper: Callable, inn
 
     vars(replacement)[PLAN_KEY] = True  # tells it from another pack's
     replacements[key] = replacement
-
-
-def _refuse_other_caches(transformer_options: dict) -> None:
-    wrappers = transformer_options.get("wrappers", {})
-    for kind in wrappers.values():
-        for key, name in OTHER_CACHES.items():
-            if kind.get(key):
-                raise ValueError(f"{name} and Skein's First-Block Cache cannot work on one model; remove one of them.")

@@ -113,14 +113,12 @@ class CompileConfig:
     mode: one of torch.compile's modes.
     dynamic: sizes as variables of the compiled code: from the start, never, or ("auto") once one has changed.
     warm_up: compile before the first step, on the size of this run.
-    cache_folder: where compiled code is kept; empty for PyTorch's own choice.
     node_id: the node to show the result on; not part of the plan's identity.
     """
 
     mode: str = "default"
     dynamic: str = "auto"
     warm_up: bool = True
-    cache_folder: str = ""
     node_id: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:

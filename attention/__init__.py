@@ -1,7 +1,8 @@
 """Attention: padded text is cut away, and the fastest kernel that the card has does the rest."""
 
-from .hook import ROPE_KEY, AttentionHook, override
+from .hook import ROPE_KEY, AttentionHook, override, stock
 from .lse import attention_with_lse
+from .op import enter_block
 from .selection import Selection
 
-__all__ = ["ROPE_KEY", "AttentionHook", "Selection", "attention_with_lse", "override"]
+__all__ = ["ROPE_KEY", "AttentionHook", "Selection", "attention_with_lse", "enter_block", "override", "stock"]

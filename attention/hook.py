@@ -9,16 +9,25 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..models import named_arguments
-from .op import Attend, active
+from ..models import OVERRIDE, WARM_UP_KEY, Options, named_arguments
+from .op import Attend, active, current_options, enter_block
 from .op import attention as attention_op
 from .selection import Selection
 from .text import without_padding
 
 Around = Callable[[Attend, bool], Attend]
-ROPE_KEY = "skein_rope"  # rotary factors that a block has left to its attention, in transformer_options
+# In transformer_options:
+ROPE_KEY = "skein_rope"  # rotary factors that a block has left to its attention
+OTHER_KEY = "skein_other_attention"  # another node's attention function, which ours stands before
+INSIDE_KEY = "skein_inside_attention"  # ours has called ComfyUI's or another node's: not again
+
+OURS = "_skein_override"  # attribute of our functions
+OTHER_RUNS = "another node has set an attention of its own: it runs"
+OTHER_LEFT = "another node has set an attention of its own: Skein's runs in the blocks, kernel stock would leave it"
+ALL_EXACT = "nothing is computed in 8 bits: exact_steps is {exact} at both ends, and there are {steps} steps"
 
 
 class AttentionHook:
@@ -34,16 +43,55 @@ class AttentionHook:
     def around_model(self, execute: Callable, *args: Any, **kwargs: Any) -> Any:
         """DIFFUSION_MODEL wrapper: cuts padded text, and makes this run's kernels the thread's."""
         call, config = named_arguments(execute, args, kwargs), self.selection.config
-        exact = not config.allow_8bit or is_exact_step(call.arguments["transformer_options"], config.exact_steps)
+        options = call.arguments["transformer_options"]
+        self.put_on(options)
+        exact = not config.allow_8bit or self._is_exact(options)
 
         def run(arguments: dict) -> Tensor:
             call.arguments.update(arguments)
             return execute(*call.args, **call.kwargs)
 
-        with active(self.around(partial(self.selection.attend, exact=exact), exact)):
+        with active(self.around(partial(self.selection.attend, exact=exact), exact), options):
             if self.trim_text:
                 return without_padding(run, dict(call.arguments))
             return execute(*args, **kwargs)
+
+    def put_on(self, options: Options) -> None:
+        """Have Skein's attention in a run's options, or a call's: some nodes set theirs again in each step. Always the
+        same one runs: Skein's in the blocks, but with kernel stock the other node's."""
+        other = options.get(OVERRIDE)
+        if other is None:
+            options[OVERRIDE] = override
+        elif not hasattr(other, OURS):
+            options[OVERRIDE], options[OTHER_KEY] = _before(other), other
+            self.selection.say(OTHER_RUNS if self.selection.config.kernel == "stock" else OTHER_LEFT)
+
+    def _is_exact(self, options: Options) -> bool:
+        config, schedule = self.selection.config, options.get("sample_sigmas")
+        if schedule is not None and len(schedule) - 1 <= 2 * config.exact_steps:
+            self.selection.say(ALL_EXACT.format(steps=len(schedule) - 1, exact=config.exact_steps))
+        return is_exact_step(options, config.exact_steps)
+
+
+def stock(attention: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The attention that would run without Skein, of (B, H, S, D) as (B, S, H, D): another node's, or `attention`,
+    ComfyUI's own. It is told of the call and the block that it runs in."""
+    options = {name: value for name, value in current_options().items() if name != OVERRIDE}
+    other = options.pop(OTHER_KEY, None)
+    if other is not None and WARM_UP_KEY not in options:  # it may keep count of its calls
+        options |= {OVERRIDE: other, INSIDE_KEY: True}
+    out = attention(q, k, v, q.shape[1], mask=mask, skip_reshape=True, transformer_options=options)
+    return out.unflatten(2, (q.shape[1], -1))
+
+
+def _before(other: Callable) -> Callable:
+    """Skein's override with another node's behind it, for what Skein's leaves alone."""
+
+    def both(func: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        return override(partial(other, func), *args, **kwargs)
+
+    vars(both)[OURS] = True
+    return both
 
 
 def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=None, **kwargs: Any) -> Tensor:
@@ -53,6 +101,10 @@ def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=N
     runs, so that compiled blocks, which guard on it, stay valid.
     """
     options = kwargs.get("transformer_options") or {}
+    if INSIDE_KEY in options:
+        return func(q, k, v, heads, mask=mask, **kwargs)
+    if not torch.compiler.is_compiling():
+        enter_block(options)
     rope = options.get(ROPE_KEY)
     if rope is not None:
         q, k = apply_rope(q, rope), apply_rope(k, rope)
@@ -66,6 +118,9 @@ def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=N
     if not plain:
         return func(q, k, v, heads, mask=mask, **kwargs)
     return attention_op(q, k, v, mask)
+
+
+vars(override)[OURS] = True
 
 
 def apply_rope(x: Tensor, factors: Tensor) -> Tensor:

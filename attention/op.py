@@ -1,7 +1,8 @@
 """The attention of a run as one operator of torch, so that compiled blocks hold a call and not a choice.
 
 Which kernel runs is decided when the operator runs, from what `active` holds on this thread at that moment: it may
-change between two calls (first and last steps exact, a kernel that fails, another run) without a new compilation.
+change between two calls (first and last steps exact, a kernel that fails, another run) without a new compilation. So
+are the options of the call and the block, which another node's attention reads and compiled blocks do not get.
 
 Letters: B batch, H heads, S tokens, D head dim.
 """
@@ -13,21 +14,33 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..models import Options
+
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # q, k, v (B, H, S, D), mask to (B, S, H, D)
 NAME = "skein::attention"
-ATTEND = "skein_attend"  # attribute of a thread: there, two copies of the pack in one ComfyUI share the operator
+ATTEND, OPTIONS = "skein_attend", "skein_options"  # attributes of a thread: two copies of the pack share the operator
 
 
 @contextmanager
-def active(attend: Attend) -> Iterator[None]:
-    """Within: skein::attention computes by `attend` on this thread."""
+def active(attend: Attend, options: Options) -> Iterator[None]:
+    """Within: skein::attention computes by `attend` on this thread, in a call with these transformer_options."""
     thread = threading.current_thread()
-    before = getattr(thread, ATTEND, None)
-    setattr(thread, ATTEND, attend)
+    before = {name: getattr(thread, name, None) for name in (ATTEND, OPTIONS)}
+    vars(thread).update({ATTEND: attend, OPTIONS: options})
     try:
         yield
     finally:
-        setattr(thread, ATTEND, before)
+        vars(thread).update(before)
+
+
+def enter_block(options: Options) -> None:
+    """From here on the options of the call in progress are these, which ComfyUI gives a block, with its index."""
+    setattr(threading.current_thread(), OPTIONS, options)
+
+
+def current_options() -> Options:
+    """The transformer_options of the call, and of the block, in progress on this thread."""
+    return getattr(threading.current_thread(), OPTIONS)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

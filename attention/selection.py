@@ -71,13 +71,13 @@ class Selection:
         if len(working) > 1 and q.device.type == "cuda":
             return self._fastest(working, q, k, v)
         if working:
-            self._say(f"{working[0].label} runs")
+            self.say(f"{working[0].label} runs")
             return working[0]
         if not exact:
             return self._choose(q, k, v, exact=True)
         if self.config.kernel != "stock":
             others = self.config.allow_8bit and self._runnable(Problem.of(q), exact=False)
-            self._say(f"ComfyUI's own attention runs{' in the exact steps' if others else ': no other kernel can'}")
+            self.say(f"ComfyUI's own attention runs{' in the exact steps' if others else ': no other kernel can'}")
         return None
 
     def _fastest(self, kernels: list[Kernel], q: Tensor, k: Tensor, v: Tensor) -> Kernel | None:
@@ -90,7 +90,7 @@ class Selection:
             return None
         best = min(timed, key=lambda kernel: times[kernel.label])
         found = ", ".join(f"{label} {ms:.2f} ms" for label, ms in times.items())
-        self._say(f"{best.label} runs: the fastest of {found} on {min(TIMED_QUERIES, q.shape[2])} queries")
+        self.say(f"{best.label} runs: the fastest of {found} on {min(TIMED_QUERIES, q.shape[2])} queries")
         return best
 
     def _runnable(self, problem: Problem, exact: bool) -> list[Kernel]:
@@ -110,7 +110,7 @@ class Selection:
             if obstacle is None:
                 runnable.append(kernel)
             elif wanted != "auto":
-                self._say(f"{kernel.label} cannot run: {obstacle}", logging.WARNING)
+                self.say(f"{kernel.label} cannot run: {obstacle}", logging.WARNING)
             else:
                 logger.debug("Skein attention: %s not taken, %s", kernel.label, obstacle)
         return runnable
@@ -143,9 +143,10 @@ class Selection:
 
     def _give_up(self, kernel: Kernel, why: str) -> None:
         self._failed.add(kernel.label)
-        self._say(f"{kernel.label} failed and is not used again in this run ({why})", logging.WARNING)
+        self.say(f"{kernel.label} failed and is not used again in this run ({why})", logging.WARNING)
 
-    def _say(self, reason: str, level: int = logging.INFO) -> None:
+    def say(self, reason: str, level: int = logging.INFO) -> None:
+        """Tell the user what was found out, once a run."""
         if reason not in self.reasons:
             self.reasons.append(reason)
             self._tell("; ".join(self.reasons))

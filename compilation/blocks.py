@@ -8,7 +8,6 @@ The functions take ComfyUI's block arguments as plain dicts, so nothing of Comfy
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention import ROPE_KEY, override
-from ..models import WARM_UP_KEY, BlockKey, call_options
+from ..attention import ROPE_KEY, enter_block, override
+from ..models import OVERRIDE, WARM_UP_KEY, BlockKey, call_options
 from ..out_of_memory import is_out_of_memory
 from ..plan import CompileConfig
+from .errors import is_compilers, reason, root_of
 
 logger = logging.getLogger("skein")
 
@@ -70,18 +70,8 @@ class CompiledBlocks:
     def settings(self) -> Iterator[None]:
         """Within: PyTorch's compiler settings of this run."""
         limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-        folder = "TORCHINDUCTOR_CACHE_DIR"
-        before = os.environ.get(folder)
-        if self.config.cache_folder:
-            os.environ[folder] = self.config.cache_folder
-        try:
-            with torch._dynamo.config.patch({limit: RECOMPILE_LIMIT}):
-                yield
-        finally:
-            if before is not None:
-                os.environ[folder] = before
-            elif self.config.cache_folder:
-                os.environ.pop(folder, None)
+        with torch._dynamo.config.patch({limit: RECOMPILE_LIMIT}):
+            yield
 
     def around_model(self, execute: Callable, *args: Any, **kwargs: Any) -> Any:
         """DIFFUSION_MODEL wrapper: before the first call of a size, one block of each kind runs to be compiled."""
@@ -120,10 +110,11 @@ class CompiledBlocks:
                     return {name: args[name] for name in ("img", "txt") if name in args}
                 warmed.add(key[0])
             if not self.failed and not self._patches_as_it_runs(module):
+                enter_block(args["transformer_options"])
                 try:
                     return self._run_compiled(key, args, block)
                 except Exception as error:
-                    self._handle(error, key)
+                    self._handle(error, key, module)
             # The graph is whole or absent, so nothing has run yet and `args` are as they were.
             with torch.compiler.set_stance("force_eager"):
                 return block(args)
@@ -158,26 +149,25 @@ class CompiledBlocks:
             if args["pe"] is not None:
                 torch._dynamo.maybe_mark_dynamic(args["pe"], 2)
         # block_index: one number for all, or each block would be compiled for its own.
-        needed = {"optimized_attention_override": override, "block_index": 0, ROPE_KEY: args["pe"]}
+        needed = {OVERRIDE: override, "block_index": 0, ROPE_KEY: args["pe"]}
         return {**args, "pe": None, "transformer_options": needed}
 
-    def _handle(self, error: Exception, key: BlockKey) -> None:
+    def _handle(self, error: Exception, key: BlockKey, module: nn.Module) -> None:
         """Note a failure of the compiler; anything else is raised again."""
-        inner = getattr(error, "inner_exception", None)
-        if isinstance(inner, Exception) and is_out_of_memory(inner):
-            raise inner from error
-        if not isinstance(error, _compiler_errors()):
+        root = root_of(error)
+        if isinstance(root, Exception) and is_out_of_memory(root):
+            raise root from error
+        if not is_compilers(error):
             raise error
+        self.give_up(f"{key[0]} {key[1]}", error, module)
+
+    def give_up(self, block: str, error: Exception, module: nn.Module) -> None:
+        """Compile nothing more in this run, and say why."""
         self.failed = True
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        logger.warning("Skein compile: %s %d failed, this run goes on uncompiled (%s)", *key, first_line)
-        self.say(f"{key[0]} {key[1]} could not be compiled; this run goes on uncompiled (see the log)")
-
-
-def _compiler_errors() -> tuple[type[Exception], ...]:
-    inductor = getattr(getattr(torch, "_inductor", None), "exc", None)
-    others = [getattr(inductor, "InductorError", None), getattr(torch._dynamo.exc, "FailOnRecompileLimitHit", None)]
-    return (torch._dynamo.exc.TorchDynamoException, *(error for error in others if error is not None))
+        why = reason(error, module)
+        logger.warning("Skein compile: %s failed, this run goes on uncompiled (%s)", block, why)
+        logger.debug("Skein compile: the compiler said", exc_info=error)
+        self.say(f"uncompiled: {block} could not be compiled ({why})")
 
 
 def _graphs() -> int:

@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 Options = dict[str, Any]  # ComfyUI's transformer_options
+OVERRIDE = "optimized_attention_override"  # ComfyUI's key in them: another attention function
 WARM_UP_KEY = "skein_warm_up"  # in the options of a call that is made only to compile: nothing in it counts
 
 

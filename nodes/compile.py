@@ -47,19 +47,21 @@ class CompileNode(io.ComfyNode):
                     tooltip="Compile before the first step instead of inside it, with a status line.",
                     advanced=True,
                 ),
-                io.String.Input(
-                    "cache_folder",
-                    default=DEFAULTS.cache_folder,
-                    optional=True,
-                    tooltip="Where compiled code is kept for the next start. Empty: PyTorch's own choice.",
-                    advanced=True,
-                ),
+                # Workflows of version 0.1 have a fourth value, cache_folder: a new widget must not stand here.
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model, cache_folder: str = "", **settings) -> io.NodeOutput:
-        config = CompileConfig(**settings, cache_folder=cache_folder.strip(), node_id=cls.hidden.unique_id)
+    def execute(
+        cls,
+        model,
+        mode: str = DEFAULTS.mode,
+        dynamic: str = DEFAULTS.dynamic,
+        warm_up: bool = DEFAULTS.warm_up,
+        cache_folder: object = None,
+    ) -> io.NodeOutput:
+        """cache_folder: ignored, of version 0.1. What compiled code is run must not be a workflow's choice."""
+        config = CompileConfig(mode, dynamic, warm_up, cls.hidden.unique_id)
         return io.NodeOutput(engine.edit(model, compile=config))

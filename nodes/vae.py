@@ -12,7 +12,9 @@ DEFAULTS = DecodeConfig()
 def _size(name: str, least: int, step: int, tooltip: str) -> io.Int.Input:
     """A size as ComfyUI's VAE Decode (Tiled) has it."""
     default = getattr(DEFAULTS, name)
-    return io.Int.Input(name, default=default, min=least, max=4096, step=step, tooltip=tooltip, optional=True, advanced=True)
+    return io.Int.Input(
+        name, default=default, min=least, max=4096, step=step, tooltip=tooltip, optional=True, advanced=True
+    )
 
 
 class VAEDecodeNode(io.ComfyNode):

@@ -24,46 +24,42 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key
 from torch import Tensor, nn
 
-from .. import live
+from .. import conflicts, live
 from ..estimate import Load, room_bytes
 from ..files import LOAD_AGAIN, changes, require_unchanged
-from ..models import call_options, find_stack, share
-from ..patchers import KEYS, clone_over, is_kept, only_for, refuse_code, refuse_late_code, refuse_multigpu, unload
+from ..models import OVERRIDE, call_options, find_stack, share
+from ..patchers import KEYS, clone_over, is_kept, only_for, unload
 from ..plan import PLAN_KEY, Plan
 from ..report import show
 from .group import Group, GroupError, group_for, name_of, release, running_group, visible_devices
 from .machines import machines
 from .protocol import OPTIONS, NotPlain, pack
-from .recipe import export_patches, inference_type, recipe_of
+from .recipe import Patches, export_patches, inference_type, recipe_of
 from .setting import Setting
 
 logger = logging.getLogger("skein")
 
 LOAD_SECONDS, BEGIN_SECONDS, CALL_SECONDS = 3600.0, 3600.0, 3600.0  # begin quantizes, a call may compile
-OVERRIDE = "optimized_attention_override"
-COMPILE_KEY = "torch.compile"  # wrapper key of ComfyUI's own compilation
 LOCAL_OPTIONS = ("wrappers", "callbacks", "patches", "patches_replace", OVERRIDE, "context_window")
 PROXY_KEY = "_skein_proxy"  # on the proxy's model; and on the source's, so that the proxy goes when that goes
-CODE = "Context Parallel cannot take {} to the workers; remove the node that made it, or Context Parallel."
 
 
 @contextmanager
 def delegated(plan: Plan, guider) -> Iterator[None]:
-    """Within: the guider's model runs in the workers. Raises ValueError on what cannot go there."""
+    """Within: the guider's model runs in the workers. Raises ValueError on what cannot go there, before they start."""
     source, config = guider.model_patcher, plan.parallel
     assert config is not None
-    _refuse_code(source, guider.model_options["transformer_options"])
-    recipe, setting = recipe_of(source), _setting(plan, source)
+    recipe, setting, patches = recipe_of(source), _setting(plan, source), export_patches(source)
     what = _look_at_files(setting, recipe, source)
     _take_off(source)
     proxy = _proxy_of(source)
     guider.model_patcher = proxy.patcher(source)
     try:
         group = _ready(setting, recipe, proxy, source, plan)
-        _begin(group, proxy, source, plan)
+        _begin(group, proxy, source, plan, patches)
         caller = _Caller(group, proxy, source.load_device)
         options = guider.model_options["transformer_options"]
-        refuse_late_code(options, "Context Parallel", source, proxy.root)
+        conflicts.watch(options, "parallel", proxy.root)
         wrapper = only_for(proxy.model.diffusion_model, caller, "Context Parallel")
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, wrapper, options)
         yield
@@ -144,13 +140,17 @@ def clear_own(device: torch.device, need: float = 1e30) -> None:
     memory.free_memory(need, device, keep_loaded=proxies)
 
 
-def _begin(group: Group, proxy: "Proxy", source: ModelPatcher, plan: Plan) -> None:
+def _begin(group: Group, proxy: "Proxy", source: ModelPatcher, plan: Plan, patches: Patches) -> None:
     """Tell the workers of the plan, and of the patches if they have changed; and the proxy of their memory."""
     changed = group.patches != source.patches_uuid
-    patches = export_patches(source) if changed else None
     group.patches = None
     kept = [key for key in KEYS if is_kept(source, key)]
-    question = {"plan": asdict(plan), "patches": patches, "dtype": inference_type(source), "kept": kept}
+    question = {
+        "plan": asdict(plan),
+        "patches": patches if changed else None,
+        "dtype": inference_type(source),
+        "kept": kept,
+    }
     told = group.ask_all("begin", question, BEGIN_SECONDS)
     _refuse_overwritten(group, told)
     group.patches = source.patches_uuid
@@ -173,7 +173,7 @@ class _Caller:
         names = inspect.signature(type(execute.class_obj)._forward).parameters  # type: ignore[attr-defined]
         given = dict(zip(list(names)[1:], args)) | kwargs
         if given.get("control") is not None:
-            raise ValueError(CODE.format("a ControlNet"))
+            raise ValueError(conflicts.AWAY.format(found="a ControlNet"))
         sample = next(value for value in args if isinstance(value, Tensor))
         if not self.calls and shares(self.group, self.own):
             clear_own(self.own, self.proxy.need(sample.shape))
@@ -186,7 +186,7 @@ class _Caller:
         try:
             out = self.group.ask("call", message, CALL_SECONDS)
         except NotPlain as error:
-            raise ValueError(CODE.format(f"an argument of the model ({error})")) from error
+            raise ValueError(conflicts.AWAY.format(found=f"an argument of the model ({error})")) from error
         out = out.to(sample.device, copy=True)
         self.calls += 1
         self.seconds += time.perf_counter() - started
@@ -210,7 +210,7 @@ def figures(caller: _Caller, told: dict[int, dict]) -> dict:
 
 def _plain(options: dict) -> dict:
     """What of a call's transformer_options is plain data; code in them has been refused before."""
-    _refuse_options(options)
+    conflicts.refuse_call(options)
     plain = {}
     for name, value in options.items():
         if name in LOCAL_OPTIONS:
@@ -365,29 +365,3 @@ def worker_setting(devices: tuple[str, ...], degrees: tuple[int, int], nodes: in
 
 def _is_json(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _refuse_code(source: ModelPatcher, options: dict) -> None:
-    """Raises ValueError if there is something on the model that only exists in this process."""
-    refuse_multigpu(source, "Context Parallel")
-    refuse_code(source, "Context Parallel")
-    replaced = [name for name in source.object_patches if name.startswith("diffusion_model")]
-    if replaced:
-        raise ValueError(CODE.format(f"a replaced part of the model ({replaced[0]})"))
-    if source.weight_wrapper_patches or source.hook_patches:
-        raise ValueError(CODE.format("hooks"))
-    if options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(COMPILE_KEY):
-        raise ValueError(
-            "TorchCompileModel cannot work with Context Parallel; use Skein's Compile Blocks in its place."
-        )
-    _refuse_options(options)
-
-
-def _refuse_options(options: dict) -> None:
-    patches = [name for name, value in options.get("patches", {}).items() if value]
-    replaced = options.get("patches_replace", {})
-    patches += [f"{name} of block {next(iter(blocks))}" for name, blocks in replaced.items() if blocks]
-    if patches:
-        raise ValueError(CODE.format(f"a patch inside of the model ({patches[0]})"))
-    if options.get(OVERRIDE) is not None:
-        raise ValueError(CODE.format("another attention function"))

@@ -5,13 +5,11 @@ from functools import cache
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 from ..float8 import FP8
 from ..models import TEXT_ENCODER_KEEPS, find_stack
 from ..out_of_memory import is_out_of_memory
-from ..patchers import refuse_code, refuse_multigpu
 from ..plan import FP8Config
 from .linear import MULTIPLE, QuantizedLinear
 
@@ -78,6 +76,16 @@ def block_layers(model: nn.Module, config: FP8Config, mode: str) -> dict[str, st
     return layers
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a model's blocks are quantized already, so that FP8 leaves it as it is."""
+    try:
+        stack = find_stack(model.diffusion_model)
+    except ValueError:
+        return False
+    blocks = (model.get_submodule(f"diffusion_model.{block}") for block in stack.modules)
+    return any(already_quantized(layer) for block in blocks for layer in block.modules())
+
+
 def text_layers(model: nn.Module) -> dict[str, str] | None:
     """The same for a text encoder: all its Linear layers but heads, weight-only."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -104,14 +112,11 @@ def quantizable(layer: nn.Module) -> bool:
 
 
 def refuse_conflicts(patcher: ModelPatcher, layers: dict[str, str]) -> None:
-    """Raises ValueError if another node has put something on the quantized layers that a twin cannot take over."""
+    """Raises ValueError if another node has put something on the quantized layers that a twin cannot take over; what
+    does not depend on the layers is in conflicts.py."""
     keys = {f"{name}.{part}" for name in layers for part in ("weight", "bias")}
     if any(keys.intersection(patches) for patches in patcher.hook_patches.values()):
         raise ValueError("A scheduled LoRA cannot change FP8 weights; load the LoRA with a LoRA node, or remove FP8.")
-    refuse_multigpu(patcher, "Skein's FP8")
-    if patcher.get_wrappers(WrappersMP.APPLY_MODEL, "torch.compile"):
-        raise ValueError("TorchCompileModel compiles the model before it is FP8; remove it, or use Skein's Compile.")
-    refuse_code(patcher, "FP8")
     for path in patcher.object_patches:
         if any(path == name or path.startswith(f"{name}.") or name.startswith(f"{path}.") for name in layers):
             raise ValueError(f"Another node has replaced {path}, which FP8 would replace too; remove one of them.")

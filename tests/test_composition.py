@@ -85,13 +85,6 @@ def test_skip_layer_guidance_is_the_same_with_the_cache(demo_model, layers):
     assert relative_error(with_cache - plain, effect) < 0.5
 
 
-def test_core_multigpu_and_compile_are_refused(demo_model):
-    several = demo_model.clone()
-    several.set_additional_models("multigpu", [demo_model.clone()])
-    with pytest.raises(ValueError, match="MultiGPU"):
-        run(several, ("compile",))
-
-
 def test_the_order_of_the_nodes_does_not_matter(demo_model):
     """All orders of the four nodes and a LoRA give the same bits."""
     steps = [*PARTS, "lora"]

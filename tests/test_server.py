@@ -143,7 +143,7 @@ def test_sampler_custom_advanced(server, prompt, cfg):
 ALL_NODES = {
     "SkeinFP8Quantize": {"mode": "per_row", "modulation": True},
     "SkeinAttention": {"kernel": "auto", "trim_text": True, "allow_8bit": False, "exact_steps": 2},
-    "SkeinCompile": {"mode": "default", "dynamic": "auto", "warm_up": True, "cache_folder": ""},
+    "SkeinCompile": {"mode": "default", "dynamic": "auto", "warm_up": True},
 }
 
 

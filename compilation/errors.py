@@ -1,0 +1,61 @@
+"""What goes wrong in torch.compile: whether it is the compiler's own, and why, in words."""
+
+from collections.abc import Iterator
+from types import TracebackType
+
+import torch
+from torch import nn
+
+COMPILING = "torch._dynamo.convert_frame"  # on the way to every compilation, and to nothing else
+TOO_MANY = "more sizes and settings have been compiled than PyTorch keeps; restart ComfyUI, or set dynamic to on"
+NO_COMPILER = "PyTorch finds no C++ compiler that works; install one (g++, clang, or Visual Studio's build tools)"
+NO_TRITON = "PyTorch finds no Triton for this GPU; install it (on Windows: python -m pip install triton-windows)"
+FOLDER = (
+    "PyTorch's folder of compiled code, {}, has a space or a letter in its path that C++ compilers may take wrong; "
+    "start ComfyUI with TORCHINDUCTOR_CACHE_DIR set to another one"
+)
+FORWARD = "another node has put a forward of its own on it, which PyTorch cannot compile"
+KNOWN = {
+    "FailOnRecompileLimitHit": TOO_MANY,
+    "InvalidCxxCompiler": NO_COMPILER,
+    "TritonMissing": NO_TRITON,
+}
+
+
+def is_compilers(error: Exception) -> bool:
+    """Whether an exception out of a compiled function comes of compiling it: nothing of it has run then."""
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException) or COMPILING in _modules(error.__traceback__)
+
+
+def _modules(traceback: TracebackType | None) -> Iterator[str]:
+    while traceback is not None:
+        yield traceback.tb_frame.f_globals.get("__name__", "")
+        traceback = traceback.tb_next
+
+
+def root_of(error: Exception) -> Exception:
+    """The exception that PyTorch has wrapped into others."""
+    inner = getattr(error, "inner_exception", None)
+    return root_of(inner) if isinstance(inner, Exception) else error
+
+
+def reason(error: Exception, module: nn.Module) -> str:
+    """Why a module could not be compiled."""
+    root = root_of(error)
+    name = type(root).__name__
+    if name in KNOWN:
+        return KNOWN[name]
+    if any("forward" in vars(part) for part in module.modules()):
+        return FORWARD
+    text = str(root)
+    if name == "CppCompileError":
+        from torch._inductor.runtime.runtime_utils import cache_dir
+
+        folder = cache_dir()
+        if not folder.isascii() or " " in folder:
+            return FOLDER.format(folder)
+        text = str(getattr(root, "output", text))
+        name = "the C++ compiler fails"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "")
+    return f"{name}: {told[:200]}" if told else name
