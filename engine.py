@@ -22,7 +22,7 @@ from torch import nn
 
 from . import conflicts, live
 from .attention import AttentionHook, Selection, stock
-from .cache import CacheHook, FirstBlockCache
+from .cache import CacheHook, Evaluations, FirstBlockCache
 from .compilation import CompiledBlocks, compile_settings, require_own_folder
 from .estimate import Load, advice
 from .files import files_of
@@ -104,8 +104,10 @@ def applied(plan: Plan, guider, mesh: Mesh | None = None) -> Iterator[None]:
                 _refuse_conflicts(plan, guider)
                 transformer_options = guider.model_options["transformer_options"]
                 add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, live.step, transformer_options)
+                if "cache" in plan.techniques:
+                    _count_evaluations(transformer_options)
             if plan.parallel is not None and mesh is None:
-                if plan.cache is not None:
+                if plan.cache is not None and "cache" in plan.techniques:
                     plan = replace(
                         plan, cache=replace(plan.cache, sigmas=cache_sigmas(plan.cache, guider.model_patcher))
                     )
@@ -120,7 +122,7 @@ def applied(plan: Plan, guider, mesh: Mesh | None = None) -> Iterator[None]:
                 techniques.enter_context(_attending(plan.attention, guider, sharding))
             if plan.compile is not None:
                 techniques.enter_context(_compiling(plan.compile, guider))
-            if plan.cache is not None and plan.cache.threshold > 0:
+            if plan.cache is not None and "cache" in plan.techniques:
                 techniques.enter_context(_caching(plan.cache, guider, mesh))
             if sharding is not None:
                 _share_blocks(sharding, guider)
@@ -237,6 +239,16 @@ class _RunView:
         assert not self._transformer_options.get("wrappers", {}).get(kind, {}).get(key)
 
 
+def _count_evaluations(transformer_options: dict) -> None:
+    """Let each model call know the sampler's evaluation that it belongs to, in the workers too."""
+    evaluations = Evaluations()
+    wrappers = transformer_options.setdefault("wrappers", {})
+    others = wrappers.get(WrappersMP.PREDICT_NOISE, {})
+    # Outside of other packs' wrappers: one that evaluates several times (tiles, guidance) is one evaluation.
+    wrappers[WrappersMP.PREDICT_NOISE] = {PLAN_KEY: [evaluations.around_evaluation], **others}
+    add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, evaluations.around_model, transformer_options)
+
+
 @contextmanager
 def _caching(config: CacheConfig, guider, mesh: Mesh | None) -> Iterator[None]:
     patcher = guider.model_patcher
@@ -310,5 +322,4 @@ def _wrap_block(transformer_options: dict, key: BlockKey, wrapper: Callable, inn
             return other(args, {**extra, "original_block": lambda inner_args: wrapper(inner_args, original)})
         return wrapper(args, lambda inner_args: other(inner_args, extra))
 
-    vars(replacement)[PLAN_KEY] = True  # tells it from another pack's
     replacements[key] = replacement

@@ -8,7 +8,7 @@ the same object can be pickled to another process.
 import math
 from dataclasses import dataclass, field, fields
 
-PLAN_KEY = "skein"  # the attachment and wrapper key on a ModelPatcher; an attribute of what stands around blocks
+PLAN_KEY = "skein"  # the attachment and wrapper key on a ModelPatcher
 PREDICTORS = ("fit", "taylor")
 KERNELS = ("auto", "flash3", "flash4", "cudnn", "sage", "flash2", "stock")
 FP8_MODES = ("per_row", "per_tensor", "weight_only")

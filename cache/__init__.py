@@ -2,5 +2,6 @@
 
 from .first_block import FirstBlockCache
 from .hook import CacheHook
+from .streams import Evaluations
 
-__all__ = ["CacheHook", "FirstBlockCache"]
+__all__ = ["CacheHook", "Evaluations", "FirstBlockCache"]

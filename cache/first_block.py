@@ -11,7 +11,7 @@ prediction is where it can be checked, on the first block, and so spends calls w
 Letters: B batch, S image tokens, S' sampled image tokens, C channels.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -56,7 +56,7 @@ class _Point:
 
 @dataclass
 class _State:
-    """What is kept of one conditioning: its last computed calls, oldest first, over distinct sigmas."""
+    """What is kept of one stream: its last computed calls, oldest first, over distinct sigmas."""
 
     points: list[_Point] = field(default_factory=list)
     weights: Tensor | None = None  # of the points, for the call in progress
@@ -70,7 +70,7 @@ class FirstBlockCache:
     """The cache of one sampling run. Knows nothing of models: it is handed signatures and hidden states.
 
     A batch is made of equal chunks, one a conditioning (ComfyUI batches cond and uncond when memory allows);
-    every method takes the ids of the conditionings in that order. State is kept for each of them apart, so
+    every method takes the numbers of their streams (streams.py) in that order. State is kept for each of them apart, so
     it does not matter whether they come together or one after another. Chunks of one batch share a decision.
     """
 
@@ -85,22 +85,28 @@ class FirstBlockCache:
         self.total = total
         self.start_sigma = start_sigma
         self.end_sigma = end_sigma
-        self._states: dict[Hashable, _State] = {}
+        self._states: dict[int, _State] = {}
 
     def reset(self) -> None:
         """Drop every tensor."""
         self._states.clear()
 
-    def decide(self, conditions: Sequence[Hashable], signature: Tensor, sigma: float) -> Decision:
+    def forget(self, stream: int) -> None:
+        """Drop what is kept of one stream."""
+        self._states.pop(stream, None)
+
+    def ended(self, sigma: float) -> bool:
+        """Whether sampling is past the part in which calls may be reused: nothing need be kept of a call."""
+        return sigma < self.end_sigma
+
+    def decide(self, streams: Sequence[int], signature: Tensor, sigma: float) -> Decision:
         """Whether the call with this signature (B, S', C) at `sigma` may reuse earlier residuals."""
-        states = [self._states.setdefault(condition, _State()) for condition in conditions]
+        states = [self._states.setdefault(stream, _State()) for stream in streams]
         changes = [self._observe(s, part, sigma) for s, part in zip(states, signature.chunk(len(states)))]
         known = [change for change in changes if change is not None]
         change = max(known) if len(known) == len(changes) else None
         limit = self.config.max_consecutive_hits
-        admitted = self.end_sigma <= sigma <= self.start_sigma and all(
-            state.calls > self.config.warmup_calls for state in states
-        )
+        admitted = sigma <= self.start_sigma and all(state.calls > self.config.warmup_calls for state in states)
         reuse = (
             change is not None
             and change < self.config.threshold
@@ -114,20 +120,20 @@ class FirstBlockCache:
                 self._make_room(state, sigma)
         return Decision(reuse, change, admitted)
 
-    def apply(self, conditions: Sequence[Hashable], hidden: Tensor) -> Tensor:
+    def apply(self, streams: Sequence[int], hidden: Tensor) -> Tensor:
         """The image tokens after the last block, (B, S, C), from those after the first, for a reused call."""
         parts = []
-        for condition, part in zip(conditions, hidden.chunk(len(conditions))):
-            state = self._states[condition]
+        for stream, part in zip(streams, hidden.chunk(len(streams))):
+            state = self._states[stream]
             assert state.weights is not None
             parts.append(part + combine([point.residual for point in state.points], state.weights))
         return torch.cat(parts)
 
-    def store(self, conditions: Sequence[Hashable], signature: Tensor, residual: Tensor, sigma: float) -> None:
+    def store(self, streams: Sequence[int], signature: Tensor, residual: Tensor, sigma: float) -> None:
         """Keep what a computed call showed; the tensors must not be changed afterwards."""
-        count = len(conditions)
-        for condition, sign, change in zip(conditions, signature.chunk(count), residual.chunk(count)):
-            self._states[condition].points.append(_Point(sigma, sign, change))
+        count = len(streams)
+        for stream, sign, change in zip(streams, signature.chunk(count), residual.chunk(count)):
+            self._states[stream].points.append(_Point(sigma, sign, change))
 
     def _make_room(self, state: _State, sigma: float) -> None:
         """Drop what the computed call at `sigma` will replace: before the stack runs, so that no more than
@@ -136,10 +142,10 @@ class FirstBlockCache:
         state.points = points[max(len(points) - self.config.order, 0) :]
 
     def _observe(self, state: _State, signature: Tensor, sigma: float) -> float | None:
-        """Count a call of one conditioning and measure its change; None if there is nothing to compare with."""
+        """Count a call of one stream and measure its change; None if there is nothing to compare with."""
         state.calls += 1
         if state.points and state.points[-1].signature.shape != signature.shape:
-            state.points = []  # another size under the same conditioning
+            state.points = []  # another number of tokens for a latent of the same size
         previous, state.previous = state.previous, signature
         if not state.points:
             return None

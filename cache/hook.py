@@ -5,17 +5,17 @@ The functions take ComfyUI's block arguments as plain dicts, so nothing of Comfy
 Letters: B batch, S image tokens, C channels.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from ..models import WARM_UP_KEY, call_options
-from ..plan import PLAN_KEY
+from ..models import WARM_UP_KEY, call_input, call_options
 from ..report import add
 from ..runs import Call, Run, finite
 from ..stopwatch import Stopwatch
-from .first_block import FirstBlockCache, sample_tokens
+from .first_block import Decision, FirstBlockCache, sample_tokens
+from .streams import Streams
 
 CALL_KEY = "skein_cache_call"  # where the call in progress travels, in transformer_options
 Block = Callable[[dict], dict]
@@ -24,8 +24,8 @@ Block = Callable[[dict], dict]
 class _ModelCall:
     """One model call in progress. Lives in transformer_options, so that calls on several threads stay apart."""
 
-    def __init__(self, conditions: list[Hashable], sigma: float):
-        self.conditions = conditions
+    def __init__(self, streams: list[int], sigma: float):
+        self.streams = streams
         self.sigma = sigma
         self.image_tokens = 0
         self.signature: Tensor | None = None
@@ -42,7 +42,7 @@ class CacheHook:
         self.cache = cache
         self.run = run
         self.stopwatch = stopwatch
-        self._numbers: dict[Hashable, int] = {}  # of the conditionings, in the order they came
+        self._streams = Streams(cache.forget, cache.total)
         self._schedule: list[float] | None = None  # the sampler's sigmas
 
     def around_model(self, execute: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -50,7 +50,8 @@ class CacheHook:
         options = call_options(args, kwargs)
         if WARM_UP_KEY in options:
             return execute(*args, **kwargs)
-        call = _ModelCall(_conditions(options), float(options["sigmas"].flatten()[0]))
+        sigma = float(options["sigmas"].flatten()[0])
+        call = _ModelCall(self._streams.find(options, call_input(args, kwargs), sigma), sigma)
         call.step = self._step(options.get("sample_sigmas"), call.sigma)
         options[CALL_KEY] = call
         stop = self.stopwatch.start()
@@ -77,27 +78,35 @@ class CacheHook:
         call = _current(args)
         if call is None:
             return block(args)
+        if self.cache.ended(call.sigma):
+            for stream in call.streams:
+                self.cache.forget(stream)
+            self._record(call, Decision(reuse=False, change=None, admitted=False))
+            return block(args)
         # ComfyUI's blocks add in place: what comes after must not change what is kept from before.
         before = sample_tokens(args["img"]).clone()
         out = block(args)
         image = out["img"]
         call.image_tokens = image.shape[1]
         call.signature = sample_tokens(image) - before
-        decision = self.cache.decide(call.conditions, call.signature, call.sigma)
+        decision = self.cache.decide(call.streams, call.signature, call.sigma)
+        self._record(call, decision)
+        if decision.reuse:
+            call.reused = self.cache.apply(call.streams, image)
+        else:
+            call.after_first = image.clone()
+        return out
+
+    def _record(self, call: _ModelCall, decision: Decision) -> None:
         call.record = Call(
             call.sigma,
             finite(decision.change),
             self.cache.config.threshold,
             decision.reuse,
             admitted=decision.admitted,
-            parts=[self._numbers.setdefault(each, len(self._numbers)) for each in call.conditions],
+            parts=call.streams,
             step=call.step,
         )
-        if decision.reuse:
-            call.reused = self.cache.apply(call.conditions, image)
-        else:
-            call.after_first = image.clone()
-        return out
 
     def middle_block(self, args: dict, block: Block) -> dict:
         call = _current(args)
@@ -108,7 +117,8 @@ class CacheHook:
     def last_block(self, args: dict, block: Block) -> dict:
         """Runs the last block and keeps what the stack changed, or puts in what it would have changed."""
         call = _current(args)
-        if call is None or call.signature is None:  # another pack has put something in the first block's place
+        # Without a signature: past end_percent, or another pack has put something in the first block's place.
+        if call is None or call.signature is None:
             return block(args)
         if call.reused is not None:
             out = {key: args[key] for key in ("img", "txt") if key in args}
@@ -118,7 +128,7 @@ class CacheHook:
         assert call.after_first is not None
         out = block(args)
         residual = call.after_first.neg_().add_(_image_part(out["img"], call))
-        self.cache.store(call.conditions, call.signature, residual, call.sigma)
+        self.cache.store(call.streams, call.signature, residual, call.sigma)
         call.after_first = None
         return out
 
@@ -131,14 +141,3 @@ def _current(args: dict) -> _ModelCall | None:
 def _image_part(hidden: Tensor, call: _ModelCall) -> Tensor:
     """The image tokens of a hidden state: all of a double block's, the last ones of a single block's."""
     return hidden[:, hidden.shape[1] - call.image_tokens :]
-
-
-def _conditions(options: dict) -> list[Hashable]:
-    """What the chunks of this call's batch are conditioned on: ComfyUI's id of each conditioning, the window of frames
-    where context windows are in use, and the blocks that another pack has replaced for this call (Skip Layer Guidance).
-    The same list means the same chunks in the same order."""
-    blocks = options.get("patches_replace", {}).get("dit", {})
-    replaced = frozenset(key for key, function in blocks.items() if not hasattr(function, PLAN_KEY))
-    window = getattr(options.get("context_window"), "index_list", None)
-    window = tuple(window) if window is not None else None
-    return [(uuid, window, replaced) for uuid in options.get("uuids") or options.get("cond_or_uncond") or [None]]

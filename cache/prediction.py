@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 Total = Callable[[Tensor], Tensor]  # the sum of a tensor over all processes that share a video's tokens
+SUMMED = 4096  # tokens that are summed at once
 RIDGE = 0.01  # of the diagonal: keeps nearly parallel differences from cancelling each other with large weights
 
 
@@ -62,14 +63,18 @@ def fitted_weights(signatures: Sequence[Tensor], signature: Tensor, total: Total
 
 
 def combine(values: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """The weighted sum of N tensors (B, S, C) under weights (N, B). A single one is returned as it is: do not
-    change the result in place."""
+    """The weighted sum of N tensors (B, S, C) under weights (N, B), rounded once. A single one is returned as it is: do
+    not change the result in place."""
     if len(values) == 1:
         return values[0]
-    weights = weights.to(values[0].device, values[0].dtype)[:, :, None, None]
-    result = values[0] * weights[0]
-    for value, weight in zip(values[1:], weights[1:]):
-        result.addcmul_(value, weight)
+    weights = weights.to(values[0].device)[:, :, None, None]
+    result = torch.empty_like(values[0])
+    # Weights of several signs cancel: in float32, but only so many tokens of it at a time.
+    for to, first, *others in zip(*(each.split(SUMMED, dim=1) for each in (result, *values))):
+        part = first * weights[0]
+        for value, weight in zip(others, weights[1:]):
+            part.addcmul_(value.float(), weight)
+        to.copy_(part)
     return result
 
 

@@ -3,6 +3,8 @@
 import inspect
 from typing import Any
 
+from torch import Tensor
+
 Options = dict[str, Any]  # ComfyUI's transformer_options
 OVERRIDE = "optimized_attention_override"  # ComfyUI's key in them: another attention function
 WARM_UP_KEY = "skein_warm_up"  # in the options of a call that is made only to compile: nothing in it counts
@@ -14,6 +16,11 @@ def call_options(args: tuple, kwargs: dict) -> Options:
     Found by content: their place among the arguments differs between models and versions.
     """
     return next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "sigmas" in a)
+
+
+def call_input(args: tuple, kwargs: dict) -> Tensor:
+    """The latent among a call's arguments: their first tensor, in all versions."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 def named_arguments(executor: Any, args: tuple, kwargs: dict) -> inspect.BoundArguments:

@@ -7,7 +7,8 @@ a reused call gives 1 + first + residual, with the residual of a computed call b
 import pytest
 import torch
 from skein.cache import CacheHook, FirstBlockCache
-from skein.cache.prediction import fitted_weights
+from skein.cache.prediction import combine, fitted_weights
+from skein.cache.streams import EVALUATION_KEY, Streams
 from skein.plan import CacheConfig
 from skein.runs import Run
 from skein.stopwatch import Stopwatch
@@ -21,12 +22,19 @@ class ToyModel:
     def __init__(self, hook):
         self.hook = hook
         self.ran = 0
+        self.evaluations = 0
 
-    def __call__(self, first, sigma, batch=1, uuids=("a",), options=None):
-        """`first` is what the first block adds; returns the image tokens after the last block."""
-        options = {"sigmas": torch.tensor([sigma]), "uuids": list(uuids), **(options or {})}
+    def __call__(self, first, sigma, batch=1, uuids=("a",), options=None, again=False, seed=0):
+        """`first` is what the first block adds; returns the image tokens after the last block.
 
-        def forward(_, transformer_options):
+        again: in the evaluation of the call before. seed: of the latent, which the blocks do not see.
+        """
+        self.evaluations += not again
+        known = {"sigmas": torch.tensor([sigma]), "uuids": list(uuids), EVALUATION_KEY: self.evaluations}
+        options = known | (options or {})
+        latent = torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(seed)).repeat(batch, 1, 1, 1)
+
+        def forward(_latent, transformer_options):
             def add(args):
                 args["img"] += torch.as_tensor(first)
                 return {"img": args["img"], "txt": args["txt"]}
@@ -43,7 +51,7 @@ class ToyModel:
             joined = torch.cat([out["txt"], out["img"]], dim=1)
             return self.hook.last_block({"img": joined, **common}, double)["img"][:, TEXT:]
 
-        return self.hook.around_model(forward, None, options)
+        return self.hook.around_model(forward, latent, options)
 
 
 def toy(**settings):
@@ -158,6 +166,114 @@ def test_one_changed_sample_makes_the_whole_batch_compute():
     assert decisions(run) == "cc"
 
 
+def test_calls_of_one_evaluation_are_streams_of_their_own():
+    """Nothing but their order tells them apart: alike in the first block, not alike in the others."""
+    model, run = toy(threshold=0.06, order=0)
+    model(1.0, 1.0)
+    model(1.0, 0.95)
+    assert value(model(1.0, 0.95, again=True)) == 8.0  # guidance begins
+    for sigma in (0.9, 0.8):
+        model(1.0, sigma)
+        model(1.0, sigma, again=True)
+    model(1.0, 0.7)  # guidance has ended
+    model(1.0, 0.6)
+    model(1.0, 0.6, again=True)  # and begins again
+    assert decisions(run) == "c" + "rc" + "cc" + "rr" + "r" + "cc"
+    assert [call.parts for call in run.calls] == [[i] for i in (0, 0, 1, 2, 3, 2, 3, 2, 4, 5)]
+
+
+def test_without_a_count_of_evaluations_calls_at_one_sigma_are_one():
+    model, run = toy(threshold=0.06, order=0)
+    for sigma in (1.0, 0.9, 0.8):
+        model(1.0, sigma, options={EVALUATION_KEY: 0})
+        model(1.0, sigma, options={EVALUATION_KEY: 0})
+    assert decisions(run) == "ccrrrr"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"patches": {"attn1_patch": [sum]}},
+        {"patches": {"attn1_patch": [len, sum]}},
+        {"optimized_attention_override": value},
+        {"skip": True},
+        {"skipped": [7, 8]},
+        {"patches_replace": {"dit": {("double_block", 1): decisions}}},
+    ],
+    ids=str,
+)
+def test_what_a_call_is_told_tells_it_apart(options):
+    """Whatever their order, also with one of them left out."""
+    model, run = toy(threshold=0.06, order=0)
+    plain = {"patches": {"attn1_patch": [len]}, "skip": False, "skipped": [7]}
+    model(1.0, 1.0, options=plain)
+    model(1.0, 1.0, options=plain | options, again=True)
+    model(1.0, 0.9, options=plain | options)
+    model(1.0, 0.9, options=plain, again=True)
+    model(1.0, 0.8, options=plain | options)
+    assert decisions(run) == "ccrrr"
+    assert [call.parts for call in run.calls] == [[0], [1], [1], [0], [1]]
+
+
+def test_what_packs_make_anew_for_each_call_or_count_does_not():
+    model, run = toy(threshold=0.06, order=0)
+    for step, sigma in enumerate((1.0, 0.9, 0.8)):
+        fresh = {"step": step, "percent": step / 3, "patches": {"attn1_patch": [lambda q, step=step: step]}}
+        model(1.0, sigma, options={**fresh, "holder": ToyModel(None)})
+    assert decisions(run) == "crr"
+
+
+def test_inputs_that_are_not_alike_are_streams_of_their_own_in_any_order():
+    """Two tiles, an evaluation each: in turn, in the other order, and with fresh noise in one."""
+    model, run = toy(threshold=0.06, order=0)
+    model(1.0, 1.0, seed=1)
+    model(2.0, 1.0, seed=2)
+    assert value(model(2.0, 0.9, seed=2)) == 3 + 9
+    assert value(model(1.0, 0.9, seed=1)) == 2 + 6
+    model(1.0, 0.8, seed=3)
+    assert decisions(run) == "ccrrc"
+
+
+def test_streams_that_the_last_step_had_not_are_dropped():
+    model, run = toy(threshold=0.06, order=0)
+    for sigma, uuids in ((1.0, "ab"), (0.9, "a"), (0.8, "a"), (0.7, "ab")):
+        for index, uuid in enumerate(uuids):
+            model(1.0, sigma, uuids=uuid, again=index > 0)
+    assert decisions(run) == "ccrrrc"
+    assert len(model.hook.cache._states) == 2
+    model(1.0, 0.6, uuids="c")
+    model(1.0, 0.5, uuids="c")
+    assert len(model.hook.cache._states) == 1
+
+
+def test_a_part_of_a_batch_that_another_pack_has_split_is_one_chunk():
+    model, run = toy(threshold=0.06, order=0)
+    for sigma in (1.0, 0.9):
+        for again, first in ((False, 1.0), (True, 3.0)):  # a batch of cond and uncond, one sample at a time
+            model(first, sigma, uuids="ab", again=again)
+    assert decisions(run) == "ccrr"
+
+
+def test_a_conditioning_that_comes_to_another_device_is_computed():
+    """As ComfyUI's MultiGPU deals them out anew in each step. Nothing of one device is compared with the other's."""
+    latent = torch.randn(1, 2, 6, 6)
+    streams = Streams(forget=lambda number: None, total=lambda value: value)
+    first = streams.find({EVALUATION_KEY: 1}, latent, 1.0)
+    other = streams.find({EVALUATION_KEY: 2}, latent.to("meta"), 0.9)
+    assert streams.find({EVALUATION_KEY: 2}, latent, 0.9) == first != other
+
+
+def test_nothing_is_kept_past_the_end_of_the_range():
+    cache = FirstBlockCache(CacheConfig(threshold=0.5, order=1), end_sigma=0.75)
+    model = ToyModel(CacheHook(cache, Run(), Stopwatch(torch.device("cpu"))))
+    kept = []
+    for sigma in (1.0, 0.9, 0.8, 0.7, 0.6):
+        assert value(model(1.0, sigma)) == 8.0
+        kept.append(sum(len(state.points) for state in cache._states.values()))
+    assert kept == [1, 1, 1, 0, 0] and decisions(model.hook.run) == "crrcc"
+    assert [call.admitted for call in model.hook.run.calls] == [True] * 3 + [False] * 2
+
+
 class Window:
     def __init__(self, frames):
         self.index_list = frames
@@ -205,3 +321,15 @@ def test_weights_are_fitted_on_devices_without_float64():
     there = [each.as_subclass(WithoutFloat64) for each in known]
     expected = fitted_weights(known, new, lambda sums: sums)
     assert torch.equal(fitted_weights(there, new.as_subclass(WithoutFloat64), lambda sums: sums), expected)
+
+
+def test_weights_are_not_rounded_to_the_type_of_what_they_weigh():
+    """Weights that sum to 1, of residuals that are nearly alike: rounded ones would scale the whole."""
+    alike = torch.randn(2, 5000, 8)
+    values = [(alike + 0.05 * torch.randn_like(alike)).bfloat16() for _ in range(3)]
+    weights = torch.tensor([[0.2337, 0.3], [-1.1171, -1.0], [1.8834, 1.7]])
+    exact = sum(value.double() * weight.double()[:, None, None] for value, weight in zip(values, weights))
+    found = combine(values, weights)
+    error = float((found.double() - exact).norm() / exact.norm())
+    print(f"error of the sum {error:.4f}")
+    assert found.dtype == torch.bfloat16 and error < 0.0018
