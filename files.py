@@ -17,6 +17,7 @@ FILES_KEY = "_skein_files"  # on a model: the identities of its files
 Identity = dict[str, Any]  # of a file, as plain data; of one that is not there, its path alone
 CONTENTS = ("size", "digest")  # of an identity, what is the same on another machine
 BLOCKS, BLOCK_BYTES = 64, 4096  # of a file's contents that are read to know it again
+HEADER_BYTES = 100 << 20  # the most that safetensors allows
 LOAD_AGAIN = 'To load it again, use "Unload Models and Execution Cache" in ComfyUI\'s menu, or restart ComfyUI.'
 
 
@@ -87,7 +88,7 @@ def _digest(file: BinaryIO, size: int) -> str:
     """A hash of a safetensors file's header, and of blocks from all over a file of any kind."""
     digest = hashlib.sha256()
     header = 8 + int.from_bytes(file.read(8), "little")
-    if header <= size:
+    if header <= min(size, HEADER_BYTES):
         file.seek(0)
         digest.update(file.read(header))
     for i in range(BLOCKS):
