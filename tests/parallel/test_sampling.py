@@ -9,10 +9,12 @@ from types import MethodType, SimpleNamespace
 from unittest import mock
 
 import comfy.model_management as memory
+import comfy.samplers
 import pytest
 import torch
 from checkpoints import SMALL, random_model, text, with_lora
 from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_easycache import EasyCacheNode
 from skein import engine, live
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
@@ -103,6 +105,40 @@ def test_the_cache_decides_as_in_one_process(group, models):
     (one, alone), (many, shared) = runs
     assert shared is not alone and [call.reused for call in shared.calls] == [call.reused for call in alone.calls]
     assert 0 < shared.reused < 12 and relative_error(many, one) < 1e-4
+
+
+def with_softer_input(model):
+    """Guidance by a second call in a step, which differs from the first by its input only."""
+
+    def after(args):
+        (soft,) = comfy.samplers.calc_cond_batch(
+            args["model"], [args["cond"]], 0.9 * args["input"], args["sigma"], args["model_options"]
+        )
+        return args["denoised"] + args["cond_denoised"] - soft
+
+    model = model.clone()
+    model.set_model_sampler_post_cfg_function(after)
+    return model
+
+
+def test_the_cache_tells_calls_of_one_evaluation_apart_as_in_one_process(models):
+    model, arguments = with_softer_input(models(2)), dict(steps=12, shape=(1, 16, 3, 12, 10))
+    workers, runs = ParallelConfig("cpu,cpu"), []
+    for parallel in (None, workers):
+        edited = engine.edit(model, cache=CacheConfig(threshold=0.4, start_percent=0.1), parallel=parallel)
+        runs.append((sample(edited, text(7), **arguments), recent_runs()[-1]))
+    (one, alone), (many, shared) = runs
+    assert [call.parts for call in alone.calls] == [[0], [1]] * 12
+    assert [(call.parts, call.reused) for call in shared.calls] == [(call.parts, call.reused) for call in alone.calls]
+    assert 0 < shared.reused < 24 and relative_error(many, one) < 1e-4
+
+
+def test_a_threshold_of_0_is_no_cache_that_another_could_not_stand_beside(models):
+    model = engine.edit(models(2), cache=CacheConfig(threshold=0), parallel=ParallelConfig("cpu,cpu"))
+    beside = EasyCacheNode.execute(model, 0.2, 0.15, 0.95, False)[0]
+    assert torch.isfinite(sample(beside, text(7), **SMALL)).all()
+    with pytest.raises(ValueError, match="EasyCache and Skein's First-Block Cache"):
+        sample(engine.edit(beside, cache=CacheConfig()), text(7), **SMALL)
 
 
 def test_padded_text_and_a_mask_with_holes(group, models):
