@@ -203,6 +203,7 @@ class Group:
         environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         _choose_allocator(environment)
         environment.setdefault("OMP_NUM_THREADS", str(setting.threads()))
+        environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(setting.threads(), 32)))  # 32: PyTorch's most
         environment["SKEIN_WORKER"] = json.dumps(told)
         command = [
             sys.executable, str(WORKER / "launch.py"), *setting.rendezvous(),
