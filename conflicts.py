@@ -30,6 +30,9 @@ COMPILE_KEY = "torch.compile"  # wrapper key of ComfyUI's set_torch_compile_wrap
 OTHER_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}  # wrapper keys of ComfyUI's own caches
 
 BOTH = "{found} and {technique} cannot work on one model; remove one of them."
+COMPILED = (
+    "{found} and {technique} cannot work on one model; remove one of them, and compile with Skein's Compile Blocks."
+)
 AWAY = "Context Parallel cannot take {found} to the workers; remove the node that made it, or Context Parallel."
 
 
@@ -105,13 +108,13 @@ def _options(guider: Any) -> dict:
 def _compiled_model(guider: Any) -> str | None:
     """The whole model compiled: our wrappers would be part of its graph, or never run."""
     if _is_compiled(guider.model_patcher.get_model_object("diffusion_model")):
-        return "a node that compiles the whole model"
+        return "A node that compiles the whole model"
     return "TorchCompileModel" if any(whole for whole in _compile_wrappers(guider)) else None
 
 
 def _compiled_blocks(guider: Any) -> str | None:
     """Blocks compiled by others: without guards on the transformer_options, so for one attention of all runs."""
-    return "a node that compiles the model's blocks" if any(True for _ in _compile_wrappers(guider)) else None
+    return "A node that compiles the model's blocks" if any(True for _ in _compile_wrappers(guider)) else None
 
 
 def _compile_wrappers(guider: Any) -> Iterator[bool]:
@@ -222,8 +225,8 @@ def _merge(guider: Any) -> str | None:
 
 
 CONFLICTS = (
-    Conflict(tuple(NAMES), _compiled_model),
-    Conflict(("attention", "fp8", "compile", "parallel"), _compiled_blocks),
+    Conflict(tuple(NAMES), _compiled_model, COMPILED),
+    Conflict(("attention", "fp8", "compile", "parallel"), _compiled_blocks, COMPILED),
     Conflict(("cache",), _other_cache),
     Conflict(("fp8", "compile", "parallel"), _multigpu),
     Conflict(

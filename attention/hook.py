@@ -78,7 +78,7 @@ def stock(attention: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
     ComfyUI's own. It is told of the call and the block that it runs in."""
     options = {name: value for name, value in current_options().items() if name != OVERRIDE}
     other = options.pop(OTHER_KEY, None)
-    if other is not None and WARM_UP_KEY not in options:  # it may keep count of its calls
+    if other is not None and WARM_UP_KEY not in options:  # theirs may keep count of its calls
         options |= {OVERRIDE: other, INSIDE_KEY: True}
     out = attention(q, k, v, q.shape[1], mask=mask, skip_reshape=True, transformer_options=options)
     return out.unflatten(2, (q.shape[1], -1))
@@ -88,7 +88,8 @@ def _before(other: Callable) -> Callable:
     """Skein's override with another node's behind it, for what Skein's leaves alone."""
 
     def both(func: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        return override(partial(other, func), *args, **kwargs)
+        warming_up = WARM_UP_KEY in (kwargs.get("transformer_options") or {})
+        return override(func if warming_up else partial(other, func), *args, **kwargs)
 
     vars(both)[OURS] = True
     return both

@@ -83,6 +83,7 @@ def launch(setting: Setting) -> tuple[subprocess.Popen, dict[int, Channel]]:
     environment = {**os.environ, "SKEIN_WORKERS": json.dumps(told)}
     choose_allocator(environment)
     environment.setdefault("OMP_NUM_THREADS", str(setting.threads()))
+    environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(setting.threads(), 32)))  # 32: PyTorch's most
     try:
         process = subprocess.Popen(
             [sys.executable, str(LAUNCHER)], env=environment, cwd=setting.comfyui, start_new_session=True,

@@ -4,7 +4,10 @@ Ordered by group, because starting one takes seconds; within a group another che
 """
 
 import functools
+import os
 import re
+import sys
+from pathlib import Path
 from types import MethodType, SimpleNamespace
 from unittest import mock
 
@@ -324,6 +327,18 @@ def test_every_rank_tells_what_exchanges_took(models):
     assert len(run["exchange_s"]) == 2 and all(0 < seconds < run["call_s"] for seconds in run["exchange_s"])
     shares = [process["exchange_share"] for process in live.snapshot()["processes"]]
     assert [share for share in shares if share] == [seconds / run["call_s"] for seconds in run["exchange_s"]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_processors_are_divided_among_the_workers(models, monkeypatch):
+    """Also those that compile: each worker would have as many processes for that as there are processors."""
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    release()
+    sample(engine.edit(models(2), parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
+    for pid in running_group().pids.values():
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        share = max(os.cpu_count() // 2, 1)
+        assert f"TORCHINDUCTOR_COMPILE_THREADS={min(share, 32)}".encode() in environment
 
 
 def test_a_mask_goes_through_no_ring_whatever_was_fastest_without_one(models):

@@ -62,6 +62,19 @@ def test_a_template_opens(comfy, name):
     assert comfy.complaints() == [] and comfy.foreign_requests() == []
 
 
+def test_a_workflow_with_an_input_that_is_gone_opens_with_its_settings(comfy):
+    """Compile's cache_folder was the last of its widgets, whose values are kept by their order."""
+    workflow = json.loads((workflows.UI / "hunyuan_video_t2v_fast.json").read_text())
+    node = next(node for node in workflow["nodes"] if node["type"] == "SkeinCompile")
+    node["widgets_values"] = ["max-autotune-no-cudagraphs", "on", False, "/a/folder"]
+    comfy.open_workflow(workflow)
+    prompt = comfy.page.evaluate("async () => (await app.graphToPrompt()).output")
+    (inputs,) = (each["inputs"] for each in prompt.values() if each["class_type"] == "SkeinCompile")
+    values = {name: value for name, value in inputs.items() if name != "model"}
+    assert values == {"mode": "max-autotune-no-cudagraphs", "dynamic": "on", "warm_up": False}
+    assert comfy.complaints() == []
+
+
 def test_every_help_page_shows_its_picture(comfy):
     pages = sorted((ROOT / "web" / "docs").glob("*.md"))
     for help_page in pages:
