@@ -137,14 +137,24 @@ def guided(model, way, active=lambda sigma: True, first=False):
     return model
 
 
+@functools.cache
+def plain(model, threshold=None):
+    return run(model, threshold)
+
+
+@functools.cache
+def effect_of(model, way):
+    return run(guided(model, way)) - plain(model)
+
+
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_guidance_by_a_second_call_has_its_effect(demo_model, way, threshold):
-    effect = run(guided(demo_model, way)) - run(demo_model)
+    effect = effect_of(demo_model, way)
     if not effect.any():
         pytest.skip("the blocks of this ComfyUI (0.16) take no attn1 patches")
-    plain = run(demo_model, threshold)
-    error = relative_error(run(guided(demo_model, way), threshold) - plain, effect)
+    alone = plain(demo_model, threshold)
+    error = relative_error(run(guided(demo_model, way), threshold) - alone, effect)
     print(f"error of the effect {error:.3f}, {sum(decisions())} of {len(decisions())} reused")
     assert error < {1e-9: 1e-6, 0.06: 0.1, 0.2: 0.5}[threshold]
     assert any(decisions()) == (threshold > 1e-9)
@@ -155,8 +165,8 @@ def test_guidance_by_a_second_call_has_its_effect(demo_model, way, threshold):
 def test_guidance_in_a_part_of_the_steps(demo_model, way, first):
     """It begins and ends in the middle: streams end and begin, none goes on as another."""
     middle = guided(demo_model, way, lambda sigma: 0.5 < sigma < 0.93, first)
-    effect, plain = run(middle) - run(demo_model), run(demo_model, 0.06)
-    error = relative_error(run(middle, 0.06) - plain, effect)
+    effect, alone = run(middle) - plain(demo_model), plain(demo_model, 0.06)
+    error = relative_error(run(middle, 0.06) - alone, effect)
     print(f"error of the effect {error:.3f}, {sum(decisions())} of {len(decisions())} reused")
     assert error < 0.15 and any(decisions())
 
