@@ -10,23 +10,23 @@ Letters: B batch, H heads, S tokens, D head dim.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..models import Options
-
+Options = dict[str, Any]  # ComfyUI's transformer_options
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # q, k, v (B, H, S, D), mask to (B, S, H, D)
 NAME = "skein::attention"
 ATTEND, OPTIONS = "skein_attend", "skein_options"  # attributes of a thread: two copies of the pack share the operator
 
 
 @contextmanager
-def active(attend: Attend, options: Options) -> Iterator[None]:
+def active(attend: Attend, options: Options | None = None) -> Iterator[None]:
     """Within: skein::attention computes by `attend` on this thread, in a call with these transformer_options."""
     thread = threading.current_thread()
     before = {name: getattr(thread, name, None) for name in (ATTEND, OPTIONS)}
-    vars(thread).update({ATTEND: attend, OPTIONS: options})
+    vars(thread).update({ATTEND: attend, OPTIONS: options or {}})
     try:
         yield
     finally:

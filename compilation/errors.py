@@ -6,6 +6,8 @@ from types import TracebackType
 import torch
 from torch import nn
 
+from ..models.share import is_own_method
+
 COMPILING = "torch._dynamo.convert_frame"  # on the way to every compilation, and to nothing else
 TOO_MANY = "more sizes and settings have been compiled than PyTorch keeps; restart ComfyUI, or set dynamic to on"
 NO_COMPILER = "PyTorch finds no C++ compiler that works; install one (g++, clang, or Visual Studio's build tools)"
@@ -45,8 +47,6 @@ def reason(error: Exception, module: nn.Module) -> str:
     name = type(root).__name__
     if name in KNOWN:
         return KNOWN[name]
-    if any("forward" in vars(part) for part in module.modules()):
-        return FORWARD
     text = str(root)
     if name == "CppCompileError":
         from torch._inductor.runtime.runtime_utils import cache_dir
@@ -56,6 +56,13 @@ def reason(error: Exception, module: nn.Module) -> str:
             return FOLDER.format(folder)
         text = str(getattr(root, "output", text))
         name = "the C++ compiler fails"
+    elif any(_has_own_forward(part) for part in module.modules()):
+        return FORWARD
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "")
     return f"{name}: {told[:200]}" if told else name
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return forward is not None and not is_own_method(module, "forward", forward)
