@@ -11,7 +11,8 @@ the step before, never with another. A call's stream is found by
 - its input: what is not at all like the last input of a stream does not go on from it (other tiles, tiles in
   another order, fresh noise).
 
-Where the number of calls changes, guidance that begins or ends say, places mean something else: their streams end.
+Where the number of calls of one identity changes (guidance begins or ends), places mean something else, and the streams
+of that identity end. A stream ends, too, that neither this sigma nor the one before has called.
 
 Letters: B batch, C channels, N sampled values.
 """
@@ -98,10 +99,12 @@ class Streams:
             self._sigma, self._stage = sigma, self._stage + 1
         for key, places in list(self._places.items()):
             changed = places.calls and places.before not in (None, places.calls)
-            ended = [s for s in places.streams if changed or s.stage < self._stage - 1]
-            places.streams = [s for s in places.streams if s not in ended]
-            for stream in ended:
-                self._forget(stream.number)
+            streams, places.streams = places.streams, []
+            for stream in streams:
+                if changed or stream.stage < self._stage - 1:
+                    self._forget(stream.number)
+                else:
+                    places.streams.append(stream)
             if places.calls:
                 places.before, places.calls = places.calls, 0
             if not places.streams and not changed:
