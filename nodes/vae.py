@@ -10,8 +10,8 @@ DEFAULTS = DecodeConfig()
 
 def _size(name: str, least: int, step: int, tooltip: str) -> io.Int.Input:
     """A size as ComfyUI's VAE Decode (Tiled) has it."""
-    default = getattr(DEFAULTS, name)
-    return io.Int.Input(name, default=default, min=least, max=4096, step=step, tooltip=tooltip, optional=True, advanced=True)
+    limits = dict(default=getattr(DEFAULTS, name), min=least, max=4096, step=step)
+    return io.Int.Input(name, **limits, tooltip=tooltip, optional=True, advanced=True)
 
 
 class VAEDecodeNode(io.ComfyNode):
@@ -52,6 +52,6 @@ class VAEDecodeNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, samples: dict, vae, mode: str = DEFAULTS.mode, devices: str = DEFAULTS.devices, **sizes: int) -> io.NodeOutput:
-        frames = decode(vae, samples["samples"], DecodeConfig(mode, devices, **sizes, node_id=cls.hidden.unique_id))
+    def execute(cls, samples: dict, vae, **settings) -> io.NodeOutput:
+        frames = decode(vae, samples["samples"], DecodeConfig(**settings, node_id=cls.hidden.unique_id))
         return io.NodeOutput(frames.flatten(0, -4))

@@ -50,7 +50,7 @@ def delegated(plan: Plan, guider) -> Iterator[None]:
     source, config = guider.model_patcher, plan.parallel
     assert config is not None
     _refuse_code(source, guider.model_options["transformer_options"])
-    recipe, setting = recipe_of(source), _setting(plan, source)
+    recipe, setting = recipe_of(source), setting_of(plan, source)
     _take_off(source)
     proxy = _proxy_of(source)
     guider.model_patcher = proxy.patcher(source)
@@ -293,8 +293,8 @@ def _hollow(tensor: Tensor) -> Tensor:
     return torch.empty((), dtype=tensor.dtype).expand(tensor.shape)
 
 
-def _setting(plan: Plan, source: ModelPatcher) -> Setting:
-    """Which workers this plan wants."""
+def setting_of(plan: Plan, source: ModelPatcher) -> Setting:
+    """Which workers this plan wants. Raises ValueError where there can be none."""
     assert plan.parallel is not None
     devices, heads = visible_devices(plan.parallel.device_names), find_stack(source.model.diffusion_model).heads
     nodes, endpoint = machines()
