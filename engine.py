@@ -7,7 +7,7 @@ puts the old options back when sampling ends, however it ends. Nothing outlives 
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,12 +27,12 @@ from .compilation import CompiledBlocks, compile_settings, require_own_folder
 from .estimate import Load, advice
 from .files import files_of
 from .latents import some_values
-from .models import BlockKey, find_stack
-from .parallel import Mesh, Sharding, delegated, visible_devices
+from .models import BlockKey, BlockStack, find_stack
+from .parallel import Mesh, Sharding, delegated, setting_of, visible_devices
 from .parallel.machines import machines
 from .patchers import PLAIN_KEY, TWIN_KEY, keep, only_for, plain, unload
 from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
-from .quantization import is_quantized, quantized
+from .quantization import is_quantized, quantized, require_float8, require_torchao
 from .report import begin, note, publish, show
 from .runs import Run
 from .stopwatch import Stopwatch
@@ -46,10 +46,14 @@ ATTENTION_PATCHES = ("attn1_patch", "attn1_output_patch")  # told the index of t
 
 
 def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
-    """A clone of the model whose plan has the given fields replaced, e.g. `edit(model, cache=CacheConfig())`."""
+    """A clone of the model whose plan has the given fields replaced, e.g. `edit(model, cache=CacheConfig())`.
+
+    Raises ValueError where it is already known that sampling under these fields would be refused.
+    """
+    plan = replace(plan_of(patcher), **changes)
+    _require(plan, changes.keys() & set(plan.techniques), patcher)
     files_of(patcher)  # noted while they are what ComfyUI has just loaded
     clone = patcher.clone()
-    plan = replace(plan_of(patcher), **changes)
     clone.set_attachments(PLAN_KEY, plan)
     for key, wanted in ((TWIN_KEY, plan.fp8), (PLAIN_KEY, plan.fp8 or plan.compile)):
         if wanted is not None:
@@ -57,6 +61,35 @@ def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
     if not clone.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).get(PLAN_KEY):
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, PLAN_KEY, _outer_sample)
     return clone
+
+
+def _require(plan: Plan, techniques: Collection[str], patcher: "ModelPatcher") -> None:
+    """Raises ValueError if these techniques lack something here: blocks that are known, a device, a package."""
+    if techniques:
+        find_stack(_network(patcher))
+    if plan.fp8 is not None and "fp8" in techniques:
+        require_torchao()
+        require_float8(patcher.load_device)
+    if plan.compile is not None and "compile" in techniques:
+        compile_settings(plan.compile)
+    if "cache" in techniques:
+        _several_blocks(patcher, "the first-block cache")
+    if "parallel" in techniques:
+        _several_blocks(patcher, "context parallelism")
+        setting_of(plan, patcher)
+
+
+def _network(patcher: "ModelPatcher") -> Any:
+    """The model's own network, below an object patch that another workflow may have left on it."""
+    return patcher.object_patches_backup.get("diffusion_model", patcher.model.diffusion_model)
+
+
+def _several_blocks(patcher: "ModelPatcher", technique: str) -> BlockStack:
+    """The model's blocks. Raises ValueError if there is only one."""
+    stack = find_stack(_network(patcher))
+    if len(stack.keys) < 2:
+        raise ValueError(f"This model has {len(stack.keys)} block(s); {technique} needs at least two.")
+    return stack
 
 
 def plan_of(patcher: "ModelPatcher") -> Plan:
@@ -252,10 +285,8 @@ def _count_evaluations(transformer_options: dict) -> None:
 @contextmanager
 def _caching(config: CacheConfig, guider, mesh: Mesh | None) -> Iterator[None]:
     patcher = guider.model_patcher
-    stack = find_stack(patcher.model.diffusion_model)
+    stack = _several_blocks(patcher, "the first-block cache")
     transformer_options = guider.model_options["transformer_options"]
-    if len(stack.keys) < 2:
-        raise ValueError(f"This model has {len(stack.keys)} block(s); the first-block cache needs at least two.")
 
     run = Run(node_id=config.node_id, limit=config.max_consecutive_hits, accumulate=config.accumulate)
     sigmas = cache_sigmas(config, patcher)
@@ -292,10 +323,7 @@ def cache_sigmas(config: CacheConfig, patcher: "ModelPatcher") -> tuple[float, f
 
 
 def _sharding(mesh: Mesh, guider) -> Sharding:
-    stack = find_stack(guider.model_patcher.model.diffusion_model)
-    if len(stack.keys) < 2:
-        raise ValueError(f"This model has {len(stack.keys)} block(s); context parallelism needs at least two.")
-    return Sharding(mesh, stack.heads)
+    return Sharding(mesh, _several_blocks(guider.model_patcher, "context parallelism").heads)
 
 
 def _share_blocks(sharding: Sharding, guider) -> None:

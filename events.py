@@ -4,9 +4,9 @@ One message, `skein.events`, holds what has happened since the last one, oldest 
 
     {"type": "skein.events", "data": {"events": [{"seq": 41, "kind": "call", ...}, ...]}}
 
-There are at most ten of them a second to each listener and 200 to all, and none while nobody listens: who wants them asks
-for them (`listen`), for as long as its connection lasts. `seq` counts all events of this process: who finds a number missing, or comes late, reads
-`GET /skein/status`, which says up to which number it holds.
+There are at most ten of them a second to each listener and 200 to all, and none while nobody listens: who wants them
+asks for them (`listen`), for as long as its connection lasts. `seq` counts all events of this process: who finds a
+number missing, or comes late, reads `GET /skein/status`, which says up to which number it holds.
 """
 
 import threading

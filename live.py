@@ -180,9 +180,8 @@ def called(run: Run, times: list) -> None:
     """A run has one call more. times: [index, ms] of its calls whose time has become known."""
     with events.lock:
         index = len(run.calls) - 1
-        events.emit(
-            "call", run=run.id, index=index, steps=run.steps, call=asdict(run.calls[index]), times=times
-        )  # fmt: skip
+        call = asdict(run.calls[index])
+        events.emit("call", run=run.id, index=index, steps=run.steps, call=call, times=times, sums=run.sums())
 
 
 def ended(run: Run) -> None:

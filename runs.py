@@ -1,6 +1,7 @@
 """What a run did, as plain data: its model calls, and what can be said of them."""
 
 import math
+import statistics
 import time
 import uuid
 from dataclasses import asdict, dataclass, field
@@ -52,25 +53,42 @@ class Run:
     def computed(self) -> int:
         return len(self.calls) - self.reused
 
+    def typical_ms(self, reused: bool) -> float | None:
+        """The median time of the computed or of the reused calls; None until one is known. The first computed call,
+        in which blocks are compiled and kernels tried, only counts where there is no other."""
+        times = [call.ms for call in self.calls if call.reused == reused and call.ms is not None]
+        if not reused and len(times) > 1 and times[0] == self.calls[0].ms:
+            del times[0]
+        return statistics.median_low(times) if times else None
+
     @property
     def speedup(self) -> float:
-        """Estimated: the time had every call taken what the computed ones took (median), over the time taken. Calls
-        whose time is not known, or not yet, do not count."""
-        computed = sorted(call.ms for call in self.calls if not call.reused and call.ms is not None)
-        timed = [call.ms for call in self.calls if call.ms is not None]
-        if not computed or not sum(timed):
+        """Estimated: the time of these calls had each been computed, over that with those reused that were. 1.0 where
+        nothing was reused, or no time is known yet."""
+        computed, reused = self.typical_ms(reused=False), self.typical_ms(reused=True)
+        if not computed or not reused:
             return 1.0
-        return computed[len(computed) // 2] * len(timed) / sum(timed)
+        return max(len(self.calls) * computed / (self.computed * computed + self.reused * reused), 1.0)
 
     def summary(self) -> str:
         return (
             f"{len(self.calls)} model calls: {self.computed} computed, {self.reused} reused, "
-            f"about {self.speedup:.2f}x faster"
+            f"about {self.speedup:.2f}x as fast"
         )
 
+    def sums(self) -> dict:
+        """What the summary and the panel say of the calls; told with each of them."""
+        return {
+            "reused": self.reused,
+            "computed": self.computed,
+            "speedup": self.speedup,
+            "computed_ms": self.typical_ms(reused=False),
+            "reused_ms": self.typical_ms(reused=True),
+        }
+
     def as_dict(self) -> dict:
-        """JSON-ready: every field but `latent`, the summary's numbers included."""
-        fields = {**asdict(self), "reused": self.reused, "computed": self.computed, "speedup": self.speedup}
+        """JSON-ready: every field but `latent`, and the sums."""
+        fields = {**asdict(self), **self.sums()}
         del fields["latent"]
         return fields
 

@@ -11,10 +11,8 @@ DEFAULTS = DecodeConfig()
 
 def _size(name: str, least: int, step: int, tooltip: str) -> io.Int.Input:
     """A size as ComfyUI's VAE Decode (Tiled) has it."""
-    default = getattr(DEFAULTS, name)
-    return io.Int.Input(
-        name, default=default, min=least, max=4096, step=step, tooltip=tooltip, optional=True, advanced=True
-    )
+    limits = dict(default=getattr(DEFAULTS, name), min=least, max=4096, step=step)
+    return io.Int.Input(name, **limits, tooltip=tooltip, optional=True, advanced=True)
 
 
 class VAEDecodeNode(io.ComfyNode):
@@ -66,17 +64,13 @@ class VAEDecodeNode(io.ComfyNode):
         return True
 
     @classmethod
-    def check_lazy_status(
-        cls, vae, mode: str = DEFAULTS.mode, devices: str = DEFAULTS.devices, samples: dict | None = None, **sizes: int
-    ) -> list[str]:
+    def check_lazy_status(cls, vae, samples: dict | None = None, **settings) -> list[str]:
         """ComfyUI asks which lazy inputs to compute once it has the others: what the VAE alone tells is refused here,
         before the sampling."""
-        check(vae, DecodeConfig(mode, devices, **sizes, node_id=None))
+        check(vae, DecodeConfig(**settings, node_id=None))
         return ["samples"]
 
     @classmethod
-    def execute(
-        cls, samples: dict, vae, mode: str = DEFAULTS.mode, devices: str = DEFAULTS.devices, **sizes: int
-    ) -> io.NodeOutput:
-        frames = decode(vae, samples["samples"], DecodeConfig(mode, devices, **sizes, node_id=cls.hidden.unique_id))
+    def execute(cls, samples: dict, vae, **settings) -> io.NodeOutput:
+        frames = decode(vae, samples["samples"], DecodeConfig(**settings, node_id=cls.hidden.unique_id))
         return io.NodeOutput(frames.flatten(0, 1) if frames.ndim == 5 else frames)

@@ -2,7 +2,7 @@
 
 from .group import GroupError, release, visible_devices
 from .mesh import Mesh
-from .remote import delegated
+from .remote import delegated, setting_of
 from .shard import Sharding
 
-__all__ = ["GroupError", "Mesh", "Sharding", "delegated", "release", "visible_devices"]
+__all__ = ["GroupError", "Mesh", "Sharding", "delegated", "release", "setting_of", "visible_devices"]

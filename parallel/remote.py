@@ -49,7 +49,7 @@ def delegated(plan: Plan, guider) -> Iterator[None]:
     """Within: the guider's model runs in the workers. Raises ValueError on what cannot go there, before they start."""
     source, config = guider.model_patcher, plan.parallel
     assert config is not None
-    recipe, setting, patches = recipe_of(source), _setting(plan, source), export_patches(source)
+    recipe, setting, patches = recipe_of(source), setting_of(plan, source), export_patches(source)
     what = _look_at_files(setting, recipe, source)
     _take_off(source)
     proxy = _proxy_of(source)
@@ -335,8 +335,8 @@ def _hollow(tensor: Tensor) -> Tensor:
     return torch.empty((), dtype=tensor.dtype).expand(tensor.shape)
 
 
-def _setting(plan: Plan, source: ModelPatcher) -> Setting:
-    """Which workers this plan wants."""
+def setting_of(plan: Plan, source: ModelPatcher) -> Setting:
+    """Which workers this plan wants. Raises ValueError where there can be none."""
     assert plan.parallel is not None
     devices, heads = visible_devices(plan.parallel.device_names), find_stack(source.model.diffusion_model).heads
     nodes, endpoint = machines()

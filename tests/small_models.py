@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import comfy.ldm.hunyuan_video.model
+import comfy.ldm.wan.model
 import comfy.sd
 import pytest
 import torch
@@ -47,6 +48,15 @@ def random_hunyuan_video(dtype: torch.dtype | None = None, **changes):
         path = Path(folder) / "model.safetensors"
         save_random_hunyuan_video(path, **changes)
         return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": dtype} if dtype else {})
+
+
+def save_random_wan(path: Path) -> None:
+    """A model that Skein has no technique for."""
+    network = comfy.ldm.wan.model.WanModel(
+        dim=128, ffn_dim=128, num_heads=1, num_layers=2, text_dim=4096, freq_dim=256, in_dim=16, out_dim=16,
+        device="cpu", dtype=torch.float32, operations=torch.nn,
+    )  # fmt: skip
+    save_file(network.state_dict(), str(path))
 
 
 def save_random_hunyuan_video(path: Path, seed: int = 0, hidden_size: int = 256, in_channels: int = 16, **changes):

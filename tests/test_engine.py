@@ -1,13 +1,18 @@
 """Plan and engine on real ComfyUI models: what must be bit-equal is, and every apply has its undo."""
 
+import sys
+import tempfile
+from pathlib import Path
+
+import comfy.sd
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from skein import engine
 from skein.demo.sampling import conditioning, sample
-from skein.plan import CacheConfig, Plan
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan
 from skein.report import recent_runs
-from small_models import random_hunyuan_video
+from small_models import random_hunyuan_video, save_random_wan
 
 SMALL = dict(shape=(1, 16, 3, 8, 8), steps=6)
 REUSING = CacheConfig(threshold=0.9)  # on random weights: the second call is computed, most later ones are not
@@ -42,6 +47,59 @@ def test_a_plan_is_edited_on_a_clone_and_the_last_node_wins(tiny_model):
     assert engine.plan_of(second).cache.threshold == 0.2
     assert len(second.wrappers[WrappersMP.OUTER_SAMPLE]["skein"]) == 1
     assert engine.plan_of(second.clone()) == engine.plan_of(second)
+
+
+def without_set_stance(patch):
+    patch.delattr(torch.compiler, "set_stance")
+
+
+def without_torchao(patch):
+    patch.setitem(sys.modules, "torchao.quantization", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lacking", "sentence"),
+    [
+        ({"parallel": ParallelConfig("all")}, None, "ComfyUI found no GPU"),
+        ({"parallel": ParallelConfig("6,7")}, None, "There is no GPU 6, 7 here"),
+        ({"parallel": ParallelConfig("cpu,cpu,cpu", ulysses_degree=3)}, None, "has 2 heads"),
+        ({"fp8": FP8Config()}, without_torchao, "torchao"),
+        ({"compile": CompileConfig()}, without_set_stance, "need PyTorch 2.6 or newer"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, these devices may be there")
+def test_what_cannot_run_here_is_refused_by_the_node(tiny_model, monkeypatch, changes, lacking, sentence):
+    if lacking:
+        lacking(monkeypatch)
+    with pytest.raises(ValueError, match=sentence):
+        engine.edit(tiny_model, **changes)
+
+
+ONE_OF_EACH = {
+    "cache": CacheConfig(),
+    "attention": AttentionConfig(),
+    "fp8": FP8Config(),
+    "compile": CompileConfig(),
+    "parallel": ParallelConfig("cpu,cpu"),
+}
+
+
+@pytest.mark.parametrize("technique", ONE_OF_EACH)
+def test_a_model_of_another_architecture_is_refused_by_the_node(technique):
+    with tempfile.TemporaryDirectory() as folder:
+        save_random_wan(Path(folder) / "wan.safetensors")
+        wan = comfy.sd.load_diffusion_model(str(Path(folder) / "wan.safetensors"))
+    with pytest.raises(ValueError, match="does not know the blocks of WanModel"):
+        engine.edit(wan, **{technique: ONE_OF_EACH[technique]})
+    engine.edit(wan, cache=CacheConfig(threshold=0))  # asks for nothing
+
+
+@pytest.mark.parametrize("technique", ["cache", "parallel"])
+def test_a_model_of_one_block_is_refused_by_the_node(technique):
+    model = random_hunyuan_video(depth=1, depth_single_blocks=0)
+    with pytest.raises(ValueError, match=r"has 1 block\(s\)"):
+        engine.edit(model, **{technique: ONE_OF_EACH[technique]})
 
 
 def raising(error):

@@ -174,9 +174,22 @@ def test_calls_on_two_threads_get_an_index_each(monkeypatch):
     assert sorted(told) == [0, 1]
 
 
-def test_calls_whose_time_is_not_known_do_not_count_as_speedup():
-    times = [10.0, 10.0, None, 2.0, None]
-    assert Run(calls=[Call(0.5, 0.01, 0.06, ms == 2.0, ms) for ms in times]).speedup == pytest.approx(30 / 22)
+@pytest.mark.parametrize(
+    ("computed", "reused", "speedup"),
+    [
+        ([10.0, 10.0, None], [2.0, None], 5 * 10 / (3 * 10 + 2 * 2)),  # a time that is not known is as the others
+        ([1000.0, 10.0, 10.0, 11.0], [], 1.0),  # the first call compiles
+        ([1000.0, 10.0, 10.0, 11.0], [2.0, 2.0], 6 * 10 / (4 * 10 + 2 * 2)),
+        ([1000.0, 10.0], [2.0], 3 * 10 / (2 * 10 + 2)),
+        ([10.0, 10.0], [12.0], 1.0),  # never "faster" by less than 1
+        ([None], [None], 1.0),
+        ([], [], 1.0),
+    ],
+)
+def test_the_speedup_is_of_typical_calls(computed, reused, speedup):
+    run = Run(calls=[Call(0.5, 0.01, 0.06, each is reused, ms) for each in (computed, reused) for ms in each])
+    assert run.speedup == pytest.approx(speedup)
+    assert run.summary().endswith(f"about {speedup:.2f}x as fast")
 
 
 def test_workers_are_at_work_while_they_load_or_decode_and_not_after_an_interrupt():

@@ -5,13 +5,12 @@ import threading
 import time
 
 import pytest
-import torch
 from graphs import CACHE, LOADER, PROMPT, SAMPLER, custom_sampling, frames, seeded
-from safetensors.torch import save_file
 from skein.demo import MODEL_NAME
 from skein.demo.run import node_id, without_cache
 from skein.demo.server import PromptError
 from skein.demo.video import read_frames
+from small_models import save_random_wan
 
 
 def test_the_pack_is_loaded_and_the_checkpoint_is_listed(server):
@@ -75,13 +74,7 @@ def unknown_words(graph, _folder):
 
 
 def other_architecture(graph, folder):
-    import comfy.ldm.wan.model
-
-    wan = comfy.ldm.wan.model.WanModel(
-        dim=128, ffn_dim=128, num_heads=1, num_layers=2, text_dim=4096, freq_dim=256, in_dim=16, out_dim=16,
-        device="cpu", dtype=torch.float32, operations=torch.nn,
-    )  # fmt: skip
-    save_file(wan.state_dict(), str(folder / "wan.safetensors"))
+    save_random_wan(folder / "wan.safetensors")
     graph[node_id(graph, LOADER)]["inputs"]["unet_name"] = "wan.safetensors"
 
 
@@ -107,8 +100,11 @@ def test_bad_input_gets_a_sentence_and_the_next_prompt_works(server, prompt, spo
     folder = server.base / "models" / "diffusion_models"
     folder.mkdir(exist_ok=True)
     spoil(graph, folder)
+    events = []
     with pytest.raises(PromptError, match=sentence):
-        server.run(graph)
+        server.run(graph, events.append)
+    failed = [event["data"]["node_type"] for event in events if event["type"] == "execution_error"]
+    assert SAMPLER not in failed  # it stands at the node that knows
     assert server.alive()
     assert frames(server, seeded(prompt, 22 + int(time.time()) % 1000)).shape[0] == 3
 

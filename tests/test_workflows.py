@@ -161,7 +161,7 @@ def break_choice(workflow):
 
 
 def break_count_by_one_less(workflow):
-    node_of(workflow, "SkeinFirstBlockCache")["widgets_values"].pop()
+    node_of(workflow, "EmptyHunyuanLatentVideo")["widgets_values"].pop()
 
 
 def break_count_by_one_more(workflow):
@@ -197,7 +197,7 @@ def break_model_directory(workflow):
         (break_number, "1.5 is not allowed for residual_diff_threshold"),
         (break_step, "130 is not allowed for length"),
         (break_choice, "'simpel' is not allowed for scheduler"),
-        (break_count_by_one_less, "there is no value for accumulate"),
+        (break_count_by_one_less, "there is no value for batch_size"),
         (break_count_by_one_more, "there is no widget for [0]"),
         (break_seed_control, "the value after noise_seed"),
         (break_model_entry, "hunyuan_video_t2v_720p_bf16.safetensors is in only one of"),

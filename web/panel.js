@@ -3,7 +3,7 @@
 import { card } from "./cards.js";
 import { Curve } from "./curve.js";
 import { h, renew, t, times } from "./dom.js";
-import { decide, expectedSpeedup, speedup, speedupOf } from "./estimate.js";
+import { estimate } from "./estimate.js";
 
 const REDRAW_MS = 500; // between two pictures while a run goes on
 const TECHNIQUES = {
@@ -95,7 +95,7 @@ export class Panel {
       h("li", { class: "skein-key-differs" }, t("other than in the run")),
     );
     const assumption = t(
-      "An estimate from the recorded changes: a call that is reused instead of computed changes what later calls compare with.",
+      "An estimate: the further a call is from the last computed one, the more it changes.",
     );
     this.picture = h(
       "div",
@@ -224,30 +224,27 @@ export class Panel {
     if (this.tried !== run.id) this.threshold = null;
     const own = run.calls[0].threshold;
     const threshold = this.threshold ?? own;
-    const decisions = decide(run, threshold);
-    this.curve.show(run, threshold, decisions);
-    const reused = run.calls.filter((call) => call.reused).length;
+    const estimated = estimate(run, threshold);
+    this.curve.show(run, threshold, estimated.decisions);
     const figures = [
       [t("Calls"), run.ended || !run.steps ? String(run.calls.length) : `${run.calls.length} / ${this.curve.expectedCalls()}`],
-      [t("Reused"), String(reused)],
-      run.ended ? [t("Speedup"), times(run.speedup)] : [t("Speedup so far"), times(speedup(run.calls))],
-      run.ended ? null : [t("Expected at the end"), times(expectedSpeedup(run))],
+      [t("Reused"), String(run.reused)],
+      [run.ended ? t("Speedup") : t("Speedup so far"), times(run.speedup)],
     ];
     renew(this.figures, figures, definitions);
-    this.drawSlider(run, own, threshold, decisions);
+    this.drawSlider(run, own, threshold, estimated);
   }
 
-  drawSlider(run, own, threshold, decisions) {
+  drawSlider(run, own, threshold, { reused, speedup }) {
     const largest = Math.max(own * 2, 0.05, ...run.calls.map((call) => call.change ?? 0));
     this.slider.max = String(Math.min(Math.ceil(largest * 105) / 100, 1));
     if (this.threshold === null) this.slider.value = String(own);
-    const reused = decisions.filter(Boolean).length;
-    const factor = speedupOf(run.calls, decisions);
-    const values = { value: threshold, reused, calls: run.calls.length, times: times(factor) };
+    const range = (ends, text) => [...new Set(ends.map(text))].join(" - ");
+    const values = { value: threshold, reused: range(reused, String), calls: run.calls.length };
     this.estimate.textContent =
-      factor === null
+      threshold === own || speedup.includes(null) // of its own threshold the figures above tell
         ? t("{value}: {reused} of {calls} reused", values)
-        : t("{value}: {reused} of {calls} reused, about {times}", values);
+        : t("{value}: {reused} of {calls} reused, {times} as fast", { ...values, times: range(speedup, times) });
     this.slider.setAttribute("aria-valuetext", this.estimate.textContent);
     this.apply.textContent = t("Write {value} into the node", { value: threshold });
     this.apply.disabled = this.threshold === null;

@@ -85,6 +85,7 @@ export class Store {
     else if (event.kind === "call" && run) {
       run.steps = event.steps;
       run.calls[event.index] = event.call;
+      Object.assign(run, event.sums);
     }
     for (const [index, ms] of (run && event.times) || []) if (run.calls[index]) run.calls[index].ms = ms;
   }

@@ -1,6 +1,7 @@
 """The panel in a real browser on a real server: a run as a person follows it, the slider, reload, both renderers."""
 
 import json
+import re
 
 import pytest
 from comfy_page import CACHE, SLOW, WIDGET, ComfyPage, demo_workflow
@@ -8,9 +9,15 @@ from pack import ROOT
 from playwright.sync_api import expect
 
 DECIDE = """async (run) => {
-  const { decide, speedup } = await import('/extensions/skein/estimate.js');
-  return { decisions: decide(run, run.calls[0].threshold), all: decide(run, 10), speedup: speedup(run.calls) };
+  const { estimate, speedupOf } = await import('/extensions/skein/estimate.js');
+  const own = estimate(run, run.calls[0].threshold);
+  return { own, speedup: speedupOf(run, run.reused), all: estimate(run, 1000), none: estimate(run, 0) };
 }"""
+ESTIMATE_EACH = """async (pairs) => {
+  const { estimate } = await import('/extensions/skein/estimate.js');
+  return pairs.map(([run, threshold]) => estimate(run, threshold).reused);
+}"""
+FACTOR = re.compile(r"\d+\.\d\dx")
 
 
 def recorded(run):
@@ -28,13 +35,14 @@ def test_a_run_is_followed_and_its_threshold_tried(browser, ui_server):
         comfy.wait_for_points(3)
         seen = [comfy.points]
         comfy.wait_for_state("running")
-        expect(comfy.panel.get_by_text("Expected at the end")).to_be_visible()
+        assert len(FACTOR.findall(comfy.panel.inner_text())) == 1
         comfy.wait_for_points(seen[0] + 3)
         seen.append(comfy.points)
         comfy.wait_for_state("finished")
         run = comfy.status()["runs"][-1]
         assert seen[0] < seen[1] < comfy.points == len(run["calls"]) == 12  # it grew call by call
         expect(comfy.panel.get_by_text(f"{run['speedup']:.2f}x", exact=True)).to_be_visible()
+        assert FACTOR.findall(comfy.panel.inner_text()) == [f"{run['speedup']:.2f}x"]
         assert comfy.page.locator(".skein-drawing path").count() == run["reused"] > 0
         assert comfy.page.locator(".skein-drawing circle").count() == run["computed"] > 0
 
@@ -63,8 +71,8 @@ def check_slider(comfy, run):
     comfy.move_slider(round(top + 0.001, 3))
     comparable = sum(call["change"] is not None for call in run["calls"])
     estimate = comfy.page.locator(".skein-estimate")
-    expect(estimate).to_contain_text(f"{comparable} of 12 reused")
-    assert comfy.page.locator(".skein-differs").count() == comparable - run["reused"]
+    expect(estimate).to_contain_text(re.compile(rf"\d+ - {comparable} of 12 reused, \d\.\d\dx - \d\.\d\dx as fast"))
+    assert comfy.page.locator(".skein-differs").count() > 0
     write_threshold(comfy, 0.1)
     comfy.screenshot("slider")
     expect(comfy.panel.get_by_text("counts from the next run on")).to_be_visible()
@@ -104,10 +112,31 @@ def test_the_estimate_at_the_runs_own_threshold_is_the_run(browser, ui_server, p
         run = comfy.status()["runs"][-1]
         assert len(run["calls"]) >= 10 and 0 < sum(recorded(run)) < len(run["calls"])
         estimate = comfy.page.evaluate(DECIDE, run)
-        assert estimate["decisions"] == recorded(run)
+        assert estimate["own"]["decisions"] == recorded(run)
+        assert estimate["own"]["reused"] == [run["reused"]] and estimate["own"]["speedup"] == [run["speedup"]]
         assert estimate["speedup"] == pytest.approx(run["speedup"])
+        assert estimate["none"]["reused"] == [0, 0] and estimate["none"]["speedup"] == [1, 1]
         if not settings:
-            assert sum(estimate["all"]) == 9  # all but the first, which has nothing to compare with
+            assert estimate["all"]["reused"] == [8, 9]  # the first has nothing to compare with
+
+
+def test_the_estimate_holds_what_recorded_runs_did(browser, ui_server):
+    """Each recorded run at each other threshold up to three times its own, against the run at that threshold."""
+    runs = json.loads((ROOT / "tests" / "ui" / "recorded_runs.json").read_text())
+    cases = [
+        (run, other["calls"][0]["threshold"], other["reused"])
+        for run in runs
+        for other in runs
+        if (run["family"], run["prompt"]) == (other["family"], other["prompt"])
+        and run is not other
+        and 1 / 3 <= run["calls"][0]["threshold"] / other["calls"][0]["threshold"] <= 3
+    ]
+    with ComfyPage(browser, ui_server) as comfy:
+        ranges = comfy.page.evaluate(ESTIMATE_EACH, [[run, threshold] for run, threshold, _ in cases])
+    held = [least <= reused <= most for (least, most), (_, _, reused) in zip(ranges, cases)]
+    widths = [most - least for least, most in ranges]
+    assert sum(held) / len(held) > 0.95, sum(held) / len(held)
+    assert sum(widths) / len(widths) < 4.5  # of 12 to 32 calls
 
 
 def test_a_reload_in_the_middle_of_a_run(browser, ui_server):
