@@ -30,7 +30,7 @@ from .latents import some_values
 from .models import BlockKey, BlockStack, find_stack
 from .parallel import Mesh, Sharding, delegated, setting_of, visible_devices
 from .parallel.machines import machines
-from .patchers import PLAIN_KEY, TWIN_KEY, keep, only_for, plain, unload
+from .patchers import PLAIN_KEY, TWIN_KEY, keep, only_for, own_network, plain, unload
 from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
 from .quantization import is_quantized, quantized, require_float8, require_torchao
 from .report import begin, note, publish, show
@@ -66,7 +66,7 @@ def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
 def _require(plan: Plan, techniques: Collection[str], patcher: "ModelPatcher") -> None:
     """Raises ValueError if these techniques lack something here: blocks that are known, a device, a package."""
     if techniques:
-        find_stack(_network(patcher))
+        find_stack(own_network(patcher))
     if plan.fp8 is not None and "fp8" in techniques:
         require_torchao()
         require_float8(patcher.load_device)
@@ -79,14 +79,9 @@ def _require(plan: Plan, techniques: Collection[str], patcher: "ModelPatcher") -
         setting_of(plan, patcher)
 
 
-def _network(patcher: "ModelPatcher") -> Any:
-    """The model's own network, below an object patch that another workflow may have left on it."""
-    return patcher.object_patches_backup.get("diffusion_model", patcher.model.diffusion_model)
-
-
 def _several_blocks(patcher: "ModelPatcher", technique: str) -> BlockStack:
     """The model's blocks. Raises ValueError if there is only one."""
-    stack = find_stack(_network(patcher))
+    stack = find_stack(own_network(patcher))
     if len(stack.keys) < 2:
         raise ValueError(f"This model has {len(stack.keys)} block(s); {technique} needs at least two.")
     return stack

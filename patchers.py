@@ -56,6 +56,11 @@ def clone_over(source: ModelPatcher, root: ModelPatcher) -> ModelPatcher:
     return patcher
 
 
+def own_network(patcher: ModelPatcher) -> Any:
+    """The model's own network, below an object patch that another workflow may have left on it."""
+    return patcher.object_patches_backup.get("diffusion_model", patcher.model.diffusion_model)
+
+
 def unload(patcher: ModelPatcher) -> None:
     """Take a model off its device, with all patches off its weights."""
     loaded = [entry for entry in memory.current_loaded_models if entry.model is not None]

@@ -28,7 +28,7 @@ from .. import conflicts, live
 from ..estimate import Load, room_bytes
 from ..files import LOAD_AGAIN, changes, require_unchanged
 from ..models import OVERRIDE, call_options, find_stack, share
-from ..patchers import KEYS, clone_over, is_kept, only_for, unload
+from ..patchers import KEYS, clone_over, is_kept, only_for, own_network, unload
 from ..plan import PLAN_KEY, Plan
 from ..report import show
 from .group import Group, GroupError, group_for, name_of, release, running_group, visible_devices
@@ -338,7 +338,7 @@ def _hollow(tensor: Tensor) -> Tensor:
 def setting_of(plan: Plan, source: ModelPatcher) -> Setting:
     """Which workers this plan wants. Raises ValueError where there can be none."""
     assert plan.parallel is not None
-    devices, heads = visible_devices(plan.parallel.device_names), find_stack(source.model.diffusion_model).heads
+    devices, heads = visible_devices(plan.parallel.device_names), find_stack(own_network(source)).heads
     nodes, endpoint = machines()
     chosen = plan.parallel
     degrees = chosen.degrees(len(devices), heads) if nodes == 1 else (chosen.ulysses_degree, chosen.ring_degree)

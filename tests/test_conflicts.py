@@ -17,8 +17,8 @@ from skein import engine
 from skein.bench.errors import relative_error
 from skein.conflicts import NAMES
 from skein.demo.sampling import conditioning, sample
+from skein.patchers import TWIN_KEY, keep
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig
-from skein.quantization.run import TWIN_KEY
 from small_models import around_each_call, random_hunyuan_video
 from torch._dynamo.utils import counters
 
@@ -138,7 +138,7 @@ def test_multigpu_is_refused(model, technique):
     several.set_additional_models("multigpu", [model.clone()])
     with pytest.raises(ValueError, match="ComfyUI's MultiGPU node and"):
         sample(engine.edit(several, **{technique: PARTS[technique]}), PROMPT, **SMALL)
-    assert TWIN_KEY not in vars(model.model)
+    assert keep(several, TWIN_KEY).value is None
 
 
 def scheduled_lora(model):

@@ -4,6 +4,10 @@ Compilations are counted as PyTorch counts them. Each costs seconds, so the test
 """
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import MethodType
 
 import comfy.model_management as memory
@@ -30,6 +34,7 @@ class Compilations:
 
     def __init__(self):
         self.seen = counters["stats"]["unique_graphs"]
+        counters["graph_break"].clear()  # those of other tests
 
     def new(self) -> int:
         before, self.seen = self.seen, counters["stats"]["unique_graphs"]
@@ -128,16 +133,18 @@ def test_where_the_compiler_fails_the_run_goes_on_and_the_log_names_the_block(ti
 @pytest.mark.parametrize(
     ("folder", "why"), [("with a space", "has a space or a letter in its path"), ("plain", "the C++ compiler fails: ")]
 )
-def test_what_a_c_compiler_says_is_told_in_words(tiny_model, tmp_path, monkeypatch, caplog, folder, why):
+def test_what_a_c_compiler_says_is_told_in_words(tmp_path, folder, why):
     """A folder whose name it takes for two files; and a compiler that refuses everything."""
-    torch._dynamo.reset()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / folder))
-    stock = sample(tiny_model, "a red circle", **SMALL)
-    compiler = (str(compiler_that_fails(tmp_path)),) if folder == "plain" else inductor.cpp.cxx
-    with inductor.patch({"cpp.cxx": compiler, **NO_CACHES}), torch._functorch.config.patch(enable_autograd_cache=False):
-        out = sample(engine.edit(tiny_model, compile=COMPILED), "a red circle", **SMALL)
-    assert relative_error(out, stock) < 1e-6
-    assert why in caplog.text and "inductor" not in caplog.text.partition("uncompiled")[2].splitlines()[0]
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / folder),
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+        **({"CXX": str(compiler_that_fails(tmp_path))} if folder == "plain" else {}),
+    }
+    script = Path(__file__).parent / "compile_once.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and float(done.stdout) < 1e-6, done.stderr
+    assert why in done.stderr and "inductor" not in done.stderr.partition("uncompiled")[2].splitlines()[0]
 
 
 def compiler_that_fails(folder):
@@ -150,7 +157,8 @@ def compiler_that_fails(folder):
 
 @pytest.mark.parametrize("way", ["on the block", "object patch", "on a layer"])
 def test_a_forward_that_another_pack_has_put_on_a_block(way, caplog):
-    """As a bound functools.partial, which PyTorch does not trace: the blocks run eagerly, the forward in them."""
+    """As a bound functools.partial, which PyTorch traces only where it is called through a module that was compiled before
+    ComfyUI has put the object patch on; else the blocks run eagerly. The forward runs in them either way."""
     model = random_hunyuan_video().clone()
     block = model.model.diffusion_model.double_blocks[0]
     owner = block.img_attn.qkv if way == "on a layer" else block
@@ -169,7 +177,7 @@ def test_a_forward_that_another_pack_has_put_on_a_block(way, caplog):
         owner.forward = replaced
     out = sample(engine.edit(model, compile=COMPILED), "a red circle", **SMALL)
     assert relative_error(out, stock) < 1e-5 and len(seen) >= SMALL["steps"]
-    assert "another node has put a forward of its own on it" in caplog.text
+    assert way == "object patch" or "another node has put a forward of its own on it" in caplog.text
 
 
 def test_what_is_not_the_compilers_own_is_raised_as_it_is(tiny_model):
