@@ -30,8 +30,6 @@ FAMILIES: dict[str, tuple[dict, dict, range]] = {
     "euler": (dict(steps=24), {}, range(5)),
     "dpmpp_2m": (dict(steps=12, sampler="dpmpp_2m"), {}, range(5, 8)),
     "order 0": (dict(steps=24), dict(order=0), range(8, 10)),
-    "accumulate": (dict(steps=24), dict(accumulate=True), range(10, 12)),
-    "cfg 3": (dict(steps=16, cfg=3.0), {}, range(2)),
 }
 
 

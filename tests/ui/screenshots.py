@@ -60,8 +60,8 @@ def draw_panel(comfy: ComfyPage, server: ComfyServer) -> None:
     comfy.wait_for_state("finished")
     run = comfy.status()["runs"][-1]
     save(comfy.page.locator(".skein-main").screenshot(), HELP / "SkeinFirstBlockCache.png")
-    fields = {name: value for name, value in run.items() if name not in ("calls", "reused", "computed", "speedup")}
-    save(draw_run(Run(calls=[Call(**call) for call in run["calls"]], **fields)), HELP / "SkeinCacheReport.png")
+    drawn = Run([Call(**call) for call in run["calls"]], limit=run["limit"], accumulate=run["accumulate"])
+    save(draw_run(drawn), HELP / "SkeinCacheReport.png")
 
 
 def draw_slider(comfy: ComfyPage) -> None:
