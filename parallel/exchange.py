@@ -25,7 +25,7 @@ BLOCKS = 8
 
 
 def join(
-    device: torch.device, timeout: timedelta, store: dist.Store | None = None, rank: int = -1, world: int = -1
+    device: torch.device, timeout: timedelta, store: "dist.Store | None" = None, rank: int = -1, world: int = -1
 ) -> None:
     """Make this process one of a group. store: where its processes meet; None: as the environment says (torchrun)."""
     for name, value in NCCL.items():

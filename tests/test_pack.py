@@ -13,7 +13,7 @@ import sys, time, json, asyncio, importlib.util
 sys.path.insert(0, sys.argv[1])
 import comfy.cli_args
 comfy.cli_args.args.cpu = True
-import torch, comfy.model_patcher, comfy_api.latest
+import torch, comfy.sd, comfy_api.latest  # as ComfyUI has before it loads packs
 started = time.perf_counter()
 spec = importlib.util.spec_from_file_location("anything", sys.argv[2] + "/__init__.py")
 module = importlib.util.module_from_spec(spec)
