@@ -140,7 +140,7 @@ def test_a_threshold_of_0_is_no_cache_that_another_could_not_stand_beside(models
     model = engine.edit(models(2), cache=CacheConfig(threshold=0), parallel=ParallelConfig("cpu,cpu"))
     beside = EasyCacheNode.execute(model, 0.2, 0.15, 0.95, False)[0]
     assert torch.isfinite(sample(beside, text(7), **SMALL)).all()
-    with pytest.raises(ValueError, match="EasyCache and Skein's First-Block Cache"):
+    with pytest.raises(ValueError, match="EasyCache and First-Block Cache cannot work"):
         sample(engine.edit(beside, cache=CacheConfig()), text(7), **SMALL)
 
 

@@ -32,7 +32,7 @@ def worker(tmp_path):
 def interrupted(worker):
     """A run that nobody ends after its first call, as an interrupt leaves it; how many caches hold hidden states."""
     plan = Plan(cache=CacheConfig(0.1), parallel=ParallelConfig("cpu"))
-    worker.begin(asdict(plan), None, torch.float32)
+    worker.begin(asdict(plan), None, torch.float32, [])
     sigmas = torch.tensor([1.0, 0.5, 0.0])
     options = {"cond_or_uncond": [0], "uuids": ["a"], "sigmas": sigmas[:1], "sample_sigmas": sigmas}
     x, context, y = torch.randn(1, 16, 3, 8, 6), torch.randn(1, 7, 64), torch.randn(1, 768)

@@ -391,7 +391,7 @@ def test_torchao_missing(model, monkeypatch):
 
     monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
     with pytest.raises(ValueError, match="python -m pip install torchao"):
-        FP8QuantizeNode.execute(model, "per_row", True)
+        FP8QuantizeNode.execute(model, mode="per_row", modulation=True)
     with pytest.raises(ValueError, match="python -m pip install torchao"):
         sample(fp8(model), PROMPT, **SMALL)
 
