@@ -183,10 +183,11 @@ def test_an_interrupted_run_and_a_run_without_the_cache(browser, ui_server, prom
 
 @pytest.mark.parametrize("palette", ["dark", "light"])
 def test_the_vue_renderer_and_both_themes(browser, ui_server, palette):
-    """The threshold that the panel writes is the one that the node shows."""
+    """The threshold that the panel writes is the one that the node shows. Each has a seed: a prompt that ComfyUI has in its
+    cache is not run, and the last run is then another workflow's."""
     settings = {"Comfy.VueNodes.Enabled": True, "Comfy.ColorPalette": palette}
     with ComfyPage(browser, ui_server, settings, reduced_motion="reduce") as comfy:
-        comfy.open_workflow(demo_workflow(seed=6))
+        comfy.open_workflow(demo_workflow(seed=60 + len(palette)))
         comfy.open_panel()
         comfy.queue()
         comfy.wait_for_state("finished")
@@ -307,6 +308,7 @@ def test_behind_another_tab_of_the_bottom_panel_nothing_is_sent(browser, ui_serv
         with comfy.page.expect_request(lambda r: r.url.endswith("/skein/listen") and '"listen":false' in r.post_data):
             comfy.queue()
         comfy.open_panel()
+        comfy.wait_for_points(12)
         comfy.wait_for_state("finished")
         assert comfy.points == 12 and comfy.complaints() == []
 

@@ -108,7 +108,7 @@ def test_all_falls_back_to_comfyuis_process_and_only_named_devices_are_refused(m
     )[0]
     workers = group._group
     for _ in range(2):
-        frames = VAEDecodeNode.execute(samples, vae, mode, "all", **SIZES)[0]
+        frames = VAEDecodeNode.execute(samples, vae, mode=mode, devices="all", **SIZES)[0]
         assert frames.shape == stock.shape and (frames - stock).abs().max() < 1e-4
         assert torch.equal(frames, stock) or make is narrow  # which is decoded with the faster layers
     with pytest.raises(ValueError, match=sentence):

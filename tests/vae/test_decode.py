@@ -73,7 +73,7 @@ def test_the_node_gives_what_vae_decode_gives(wan, latent, devices, bar, monkeyp
     monkeypatch.setattr(VAEDecodeNode, "hidden", SimpleNamespace(unique_id=None))
     stock, sizes = wan.decode(latent), dict(tile_size=512, overlap=64, temporal_size=64, temporal_overlap=8)
     for mode in ("auto", "whole"):
-        images = VAEDecodeNode.execute({"samples": latent}, wan, mode, devices, **sizes)[0]
+        images = VAEDecodeNode.execute({"samples": latent}, wan, mode=mode, devices=devices, **sizes)[0]
         assert difference(images, stock.flatten(0, 1)) < TOLERANCE
         assert bar[-1] == (10, 10)
     assert torch.equal(wan.decode(latent), stock)
