@@ -183,8 +183,8 @@ def test_an_interrupted_run_and_a_run_without_the_cache(browser, ui_server, prom
 
 @pytest.mark.parametrize("palette", ["dark", "light"])
 def test_the_vue_renderer_and_both_themes(browser, ui_server, palette):
-    """The threshold that the panel writes is the one that the node shows. Each has its seed: what ComfyUI has in its cache
-    is not run, and the last run is then another workflow's."""
+    """The threshold that the panel writes is the one that the node shows. Each has its seed: what ComfyUI has in its
+    cache is not run, and the last run is then another workflow's."""
     settings = {"Comfy.VueNodes.Enabled": True, "Comfy.ColorPalette": palette}
     with ComfyPage(browser, ui_server, settings, reduced_motion="reduce") as comfy:
         comfy.open_workflow(demo_workflow(seed=60 + len(palette)))
