@@ -10,19 +10,17 @@ Letters: B batch, H heads, S tokens, D head dim.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-Options = dict[str, Any]  # ComfyUI's transformer_options
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # q, k, v (B, H, S, D), mask to (B, S, H, D)
 NAME = "skein::attention"
 ATTEND, OPTIONS = "skein_attend", "skein_options"  # attributes of a thread: two copies of the pack share the operator
 
 
 @contextmanager
-def active(attend: Attend, options: Options | None = None) -> Iterator[None]:
+def active(attend: Attend, options: dict | None = None) -> Iterator[None]:
     """Within: skein::attention computes by `attend` on this thread, in a call with these transformer_options."""
     thread = threading.current_thread()
     before = {name: getattr(thread, name, None) for name in (ATTEND, OPTIONS)}
@@ -33,12 +31,12 @@ def active(attend: Attend, options: Options | None = None) -> Iterator[None]:
         vars(thread).update(before)
 
 
-def enter_block(options: Options) -> None:
+def enter_block(options: dict) -> None:
     """From here on the options of the call in progress are these, which ComfyUI gives a block, with its index."""
     setattr(threading.current_thread(), OPTIONS, options)
 
 
-def current_options() -> Options:
+def current_options() -> dict:
     """The transformer_options of the call, and of the block, in progress on this thread."""
     return getattr(threading.current_thread(), OPTIONS)
 

@@ -213,8 +213,9 @@ class Group:
     def _refuse(self, rank: int, value: dict) -> None:
         """All workers refuse the question alike, or the group ends: one that alone refuses has left the others waiting
         for it. Raises _Refused or what _fail raises."""
-        missing = set(self._channels) - {rank}
-        deadline = time.monotonic() + (AGREE_SECONDS if self.setting.nodes == 1 else 0)
+        if self.setting.nodes > 1:
+            self._fail(rank, "error", value)  # those on other machines have no channel to agree through
+        missing, deadline = set(self._channels) - {rank}, time.monotonic() + AGREE_SECONDS
         while missing and (left := deadline - time.monotonic()) > 0:
             ranks = {self._channels[other].connection: other for other in missing}
             for connection in self._wait(list(ranks), left):
@@ -225,7 +226,7 @@ class Group:
                     missing.remove(ranks[connection])
                 elif kind in report.KINDS:
                     report.receive(kind, told)
-        if missing or self.setting.nodes > 1:
+        if missing:
             self._fail(rank, "error", value)
         self._waiting = ""
         live.workers_stand(live.READY)

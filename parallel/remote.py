@@ -5,7 +5,6 @@ everything that it asks of a model, loads nothing and moves nothing. When ComfyU
 when ComfyUI asks for some of its memory, they give that and stay.
 """
 
-import inspect
 import json
 import logging
 import os
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from .. import conflicts, live
 from ..estimate import Load, room_bytes
 from ..files import LOAD_AGAIN, changes, require_unchanged
-from ..models import OVERRIDE, call_options, find_stack, share
+from ..models import OVERRIDE, call_input, call_options, find_stack, named_arguments, share
 from ..patchers import KEYS, clone_over, is_kept, only_for, own_network, unload
 from ..plan import PLAN_KEY, Plan
 from ..report import show
@@ -170,11 +169,9 @@ class _Caller:
 
     def __call__(self, execute: Callable, *args: Any, **kwargs: Any) -> Tensor:
         started = time.perf_counter()
-        names = inspect.signature(type(execute.class_obj)._forward).parameters  # type: ignore[attr-defined]
-        given = dict(zip(list(names)[1:], args)) | kwargs
-        if given.get("control") is not None:
+        if named_arguments(execute, args, kwargs).arguments.get("control") is not None:
             raise ValueError(conflicts.AWAY.format(found="a ControlNet"))
-        sample = next(value for value in args if isinstance(value, Tensor))
+        sample = call_input(args, kwargs)
         if not self.calls and shares(self.group, self.own):
             clear_own(self.own, self.proxy.need(sample.shape))
         options = call_options(args, kwargs)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import devices, engine
 from ..estimate import Load, room_bytes
 from ..files import CONTENTS, Watched, changes
-from ..models import find_stack
+from ..models import call_input, find_stack
 from ..parallel.mesh import Mesh
 from ..parallel.protocol import OPTIONS
 from ..parallel.recipe import import_patches, inference_type
@@ -109,7 +109,7 @@ class Worker:
 
     def call(self, args: list, kwargs: dict, options: dict) -> Tensor:
         """One call of the diffusion model. OPTIONS among the arguments stands for the transformer_options."""
-        self.bring(next(value for value in args if isinstance(value, Tensor)))
+        self.bring(call_input(tuple(args), kwargs))
         options = {**self.guider.model_options["transformer_options"], **options}
         if "context_window" in options:
             options["context_window"] = SimpleNamespace(index_list=options["context_window"])
