@@ -153,6 +153,12 @@ def _row(piece: str, technique: str, result: str) -> dict:
     return {"piece": piece, "technique": technique, "result": result}
 
 
+def report_row(piece: str, technique: str, result: str) -> dict:
+    """One row, printed."""
+    print(f"{piece:44s} {technique:26s} {result}", flush=True)
+    return _row(piece, technique, result)
+
+
 def _raised_in(error: Exception) -> str:
     """The module that an exception was raised in."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
@@ -196,9 +202,7 @@ def main() -> None:
         return
     rows = []
     for name in options.pieces:
-        for row in in_own_process(name, options.packs.resolve(), options.seconds):
-            print(f"{row['piece']:44s} {row['technique']:26s} {row['result']}", flush=True)
-            rows.append(row)
+        rows += [report_row(**row) for row in in_own_process(name, options.packs.resolve(), options.seconds)]
     wrong = sum(row["result"].startswith("WRONG") for row in rows)
     print(json.dumps({"rows": rows, "wrong": wrong}))
     sys.exit(min(wrong, 100))
