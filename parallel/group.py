@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,20 @@ class _Refused(Exception):
         self.error = error
 
 
+@dataclass
+class _Question:
+    """What the workers have been asked. missing: the ranks that have not answered yet; an interrupt may come between
+    two answers."""
+
+    kind: str
+    missing: set[int]
+    answers: dict[int, Any] = field(default_factory=dict)
+
+    def take(self, rank: int, value: Any) -> None:
+        self.missing.remove(rank)
+        self.answers[rank] = value
+
+
 class Group:
     """Running workers. Not for several threads at once."""
 
@@ -68,8 +83,7 @@ class Group:
         self.last_run: dict = {}  # in numbers: see remote.figures
         self.pids: dict[int, int] = {}  # of the workers on this machine, by rank
         self._check_interrupt = check_interrupt
-        self._waiting = ""  # the kind of the message whose answers have not all come yet
-        self._answers: dict[int, Any] = {}  # those that have, by rank: an interrupt may come between two
+        self._pending: collections.deque[_Question] = collections.deque()  # in the order in which they were asked
         self._log: collections.deque[str] = collections.deque(maxlen=200)
         self._process, self._channels = launch(setting)
         live.workers_started(setting.devices)
@@ -106,20 +120,29 @@ class Group:
         longer, torch.OutOfMemoryError if one has no memory left, and what check_interrupt raises: the workers then
         finish what they are at, and the next question waits for that.
         """
-        if self._waiting:
-            logger.info("Skein workers: waiting for the step that was interrupted")
+        while self._pending:
+            logger.info("Skein workers: waiting for what was interrupted (%s)", self._pending[0].kind)
             with suppress(_Refused):
                 self._answer(seconds)
-        try:
-            self._channels[0].send(kind, value)
-        except OSError:
-            self._fail(0, "gone")
-        self._waiting, self._answers = kind, {}
+        self._send(kind, value)
         live.workers_stand(STATES[kind])
         try:
             return self._answer(seconds, progress)
         except _Refused as refused:
             raise refused.error from None
+
+    def end_run(self) -> None:
+        """Have all workers end their run when they are done with what they are at. Waits for nothing, raises nothing."""
+        with suppress(GroupError):
+            self._send("end", {})
+
+    def _send(self, kind: str, value: dict) -> None:
+        try:
+            self._channels[0].send(kind, value)
+        except OSError:
+            self._fail(0, "gone")
+        ranks = range(len(self.setting.devices) if kind in EVERYBODY else 1)
+        self._pending.append(_Question(kind, set(ranks)))
 
     def give_room(self) -> int:
         """Have the workers take their models off the devices; bytes that this frees where it frees least."""
@@ -131,7 +154,7 @@ class Group:
         """Whether all workers are there, as far as is known without asking them."""
         if self.closed or self._process.poll() is not None:
             return False
-        if self._waiting:
+        if self._pending:
             return True  # what they have to say is for the next question
         return not wait([channel.connection for channel in self._channels.values()], 0)  # nobody asked: they are gone
 
@@ -163,18 +186,18 @@ class Group:
             live.workers_gone(None, live.FAILED, "They have ended by themselves; the next prompt starts new ones.")
 
     def _answer(self, seconds: float, progress: Callable[[int], None] = lambda amount: None) -> dict[int, Any]:
-        deadline, answers = time.monotonic() + seconds, self._answers
-        ranks = range(len(self.setting.devices) if self._waiting in EVERYBODY else 1)
-        while any(rank not in answers for rank in ranks):
-            kind, value, rank = self._next_message(deadline, self._waiting)
+        """The answers to the first question that is pending."""
+        deadline, question = time.monotonic() + seconds, self._pending[0]
+        while question.missing:
+            kind, value, rank = self._next_message(deadline, question.kind)
             if kind == "done":
-                answers[rank] = value
+                next(each for each in self._pending if rank in each.missing).take(rank, value)
             elif kind == "progress":
                 progress(value)
             elif kind in report.KINDS:
                 report.receive(kind, value)
-        self._waiting = ""
-        return answers
+        self._pending.popleft()
+        return question.answers
 
     def _next_message(self, deadline: float, doing: str) -> tuple[str, Any, int]:
         """The next message of a worker that is not of a failure, and its rank."""
@@ -228,7 +251,7 @@ class Group:
                     report.receive(kind, told)
         if missing:
             self._fail(rank, "error", value)
-        self._waiting = ""
+        self._pending.popleft()
         live.workers_stand(live.READY)
         raise _Refused(ERRORS.get(value["error"], ValueError)(value["words"]))
 

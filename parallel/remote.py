@@ -61,7 +61,11 @@ def delegated(plan: Plan, guider) -> Iterator[None]:
         conflicts.watch(options, "parallel", proxy.root)
         wrapper = only_for(proxy.model.diffusion_model, caller, "Context Parallel")
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, wrapper, options)
-        yield
+        try:
+            yield
+        except BaseException:
+            group.end_run()  # else they would keep its hidden states until the next one
+            raise
         told = group.ask_all("end", {}, CALL_SECONDS)
         _refuse_overwritten(group, told)
         group.last_run = figures(caller, told)

@@ -105,13 +105,13 @@ def test_many_listeners_share_the_messages_of_a_few(server, prompt):
         server.post("/skein/listen", {"client_id": f"many{i}", "listen": True})
     started = time.monotonic()
     server.run(graph)
+    received = [received_until_the_end(channels[0])]  # the last message is due up to 2 s after the run, a short one's too
     seconds = time.monotonic() - started
-    received = [received_until_the_end(channel) for channel in channels]
+    received += [received_until_the_end(channel) for channel in channels[1:]]
     for channel in channels:
         channel.close()
-    sent = sum(map(len, received))
-    assert sent / seconds < 400, f"{sent} messages in {seconds:.1f} s"
     for messages in received:
+        assert len(messages) <= 1 + seconds / 2, f"{len(messages)} messages to each in {seconds:.1f} s"
         numbers = [event["seq"] for message in messages for event in message]
         assert len(messages) > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 

@@ -22,7 +22,7 @@ from skein import engine
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
 from skein.parallel import GroupError, group, release
-from skein.plan import ParallelConfig
+from skein.plan import CacheConfig, ParallelConfig
 
 DEVICES = os.environ.get("SKEIN_DEVICES", "cpu,cpu")
 ON_CPU = DEVICES == "cpu,cpu"
@@ -163,6 +163,20 @@ def test_an_interrupt_returns_at_once_and_the_workers_stay(model, expected, _rou
     assert time.monotonic() - pressed[0] < 1
     memory.interrupt_current_processing(False)
     assert relative_error(run(model), expected) < TOLERANCE and group._group.pids == pids
+
+
+def test_an_interrupted_run_ends_in_the_workers_too(model):
+    """By itself, when the step under way is done: else they would keep its hidden states until the next run."""
+    run(model)
+    later(3.0, lambda: memory.interrupt_current_processing(True))
+    with pytest.raises(memory.InterruptProcessingException):
+        sample(engine.edit(model, parallel=TWO, cache=CacheConfig(threshold=0.5)), **{**SLOW, "steps": 50})
+    memory.interrupt_current_processing(False)
+    told, connection = [], group._group._channels[0].connection
+    while "run" not in told:  # it is told when its tensors have been dropped
+        assert connection.poll(60), told
+        told.append(group._group._channels[0].receive()[0])
+    release()
 
 
 def test_unloading_ends_the_workers_and_the_next_run_starts_new_ones(model, expected):
