@@ -132,7 +132,7 @@ class Group:
             raise refused.error from None
 
     def end_run(self) -> None:
-        """Have all workers end their run when they are done with what they are at. Waits for nothing, raises nothing."""
+        """Have all workers end their run when they are done with what they are at; neither waits nor raises."""
         with suppress(GroupError):
             self._send("end", {})
 

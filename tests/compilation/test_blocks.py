@@ -157,8 +157,8 @@ def compiler_that_fails(folder):
 
 @pytest.mark.parametrize("way", ["on the block", "object patch", "on a layer"])
 def test_a_forward_that_another_pack_has_put_on_a_block(way, caplog):
-    """A bound functools.partial: set on a module, PyTorch does not trace it, and the blocks run eagerly; as an object patch
-    it was traced (PyTorch 2.14; no promise). The forward runs in the blocks either way."""
+    """A bound functools.partial: set on a module, PyTorch does not trace it, and the blocks run eagerly; as an object
+    patch it was traced (PyTorch 2.14; no promise). The forward runs in the blocks either way."""
     model = random_hunyuan_video().clone()
     block = model.model.diffusion_model.double_blocks[0]
     owner = block.img_attn.qkv if way == "on a layer" else block
