@@ -7,7 +7,7 @@ puts the old options back when sampling ends, however it ends. Nothing outlives 
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,6 @@ import comfy.model_management as memory
 import comfy.model_patcher
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
-from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch import nn
 
 from . import conflicts, live
@@ -27,10 +26,10 @@ from .compilation import CompiledBlocks, compile_settings, require_own_folder
 from .estimate import Load, advice
 from .files import files_of
 from .latents import some_values
-from .models import BlockKey, BlockStack, find_stack
+from .models import Network, Seam
 from .parallel import Mesh, Sharding, delegated, setting_of, visible_devices
 from .parallel.machines import machines
-from .patchers import PLAIN_KEY, TWIN_KEY, keep, only_for, own_network, plain, unload
+from .patchers import PLAIN_KEY, TWIN_KEY, keep, own_network, plain, unload
 from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
 from .quantization import is_quantized, quantized, require_float8, require_torchao
 from .report import begin, note, publish, show
@@ -63,10 +62,14 @@ def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
     return clone
 
 
-def _require(plan: Plan, techniques: Collection[str], patcher: "ModelPatcher") -> None:
+def _require(plan: Plan, techniques: Set[str], patcher: "ModelPatcher") -> None:
     """Raises ValueError if these techniques lack something here: blocks that are known, a device, a package."""
-    if techniques:
-        find_stack(own_network(patcher))
+    refuses = Network(own_network(patcher)).architecture.refuses if techniques else {}
+    for technique in techniques & refuses.keys():
+        raise ValueError(
+            f"{conflicts.NAMES[technique]} cannot work with {type(own_network(patcher)).__name__} models, because "
+            f"{refuses[technique]}; remove {conflicts.NAMES[technique]}."
+        )
     if plan.fp8 is not None and "fp8" in techniques:
         require_torchao()
         require_float8(patcher.load_device)
@@ -79,12 +82,11 @@ def _require(plan: Plan, techniques: Collection[str], patcher: "ModelPatcher") -
         setting_of(plan, patcher)
 
 
-def _several_blocks(patcher: "ModelPatcher", technique: str) -> BlockStack:
-    """The model's blocks. Raises ValueError if there is only one."""
-    stack = find_stack(own_network(patcher))
-    if len(stack.keys) < 2:
-        raise ValueError(f"This model has {len(stack.keys)} block(s); {technique} needs at least two.")
-    return stack
+def _several_blocks(patcher: "ModelPatcher", technique: str) -> None:
+    """Raises ValueError if the model has only one block."""
+    blocks = Network(own_network(patcher)).blocks
+    if len(blocks) < 2:
+        raise ValueError(f"This model has {len(blocks)} block(s); {technique} needs at least two.")
 
 
 def plan_of(patcher: "ModelPatcher") -> Plan:
@@ -109,7 +111,7 @@ def _warn_of_memory(plan: Plan, patcher: "ModelPatcher", latent: tuple[int, ...]
     device, dtype = patcher.load_device, patcher.model.get_dtype_inference()
     if device.type != "cuda" or plan == Plan():
         return
-    load = Load.of(find_stack(patcher.model.diffusion_model), latent, dtype.itemsize)
+    load = Load.of(Network(patcher.model.diffusion_model), latent, dtype.itemsize)
     world = 1 if plan.parallel is None else len(visible_devices(plan.parallel.device_names)) * machines()[0]
     text = advice(load, plan, memory.get_total_memory(device), world)
     if text:
@@ -125,38 +127,76 @@ def applied(plan: Plan, guider, mesh: Mesh | None = None) -> Iterator[None]:
     """
     options = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
+    seam = Seam()
     try:
-        # Wrappers run in this order, blocks the other way round: the cache decides before a compiled block is entered.
         with ExitStack() as techniques:
             if mesh is None:
                 _refuse_conflicts(plan, guider)
-                transformer_options = guider.model_options["transformer_options"]
-                add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, live.step, transformer_options)
+                seam.models.append(live.step)
                 if "cache" in plan.techniques:
-                    _count_evaluations(transformer_options)
+                    seam.models.append(_evaluations(guider).around_model)
             if plan.parallel is not None and mesh is None:
-                if plan.cache is not None and "cache" in plan.techniques:
-                    plan = replace(
-                        plan, cache=replace(plan.cache, sigmas=cache_sigmas(plan.cache, guider.model_patcher))
-                    )
-                techniques.enter_context(delegated(plan, guider))
-                plan = Plan()
-            if plan.fp8 is not None or plan.compile is not None:
-                techniques.enter_context(plain(guider))
-            sharding = None if mesh is None or mesh.world == 1 else _sharding(mesh, guider)
-            if plan.fp8 is not None:
-                techniques.enter_context(_quantizing(plan.fp8, guider))
-            if plan.attention is not None or plan.compile is not None or sharding is not None:
-                techniques.enter_context(_attending(plan.attention, guider, sharding))
-            if plan.compile is not None:
-                techniques.enter_context(_compiling(plan.compile, guider))
-            if plan.cache is not None and "cache" in plan.techniques:
-                techniques.enter_context(_caching(plan.cache, guider, mesh))
-            if sharding is not None:
-                _share_blocks(sharding, guider)
+                techniques.enter_context(delegated(_for_workers(plan, guider), guider, seam))
+                only = "Context Parallel"
+            else:
+                techniques.enter_context(_computed_here(plan, guider, seam, mesh))
+                only = "" if plan.compile is None else "Compile Blocks"
+            if seam.models or seam.blocks:
+                _put_on(seam, guider, only)
             yield
     finally:
         guider.model_options = options
+
+
+def _for_workers(plan: Plan, guider) -> Plan:
+    """The plan with what a worker could not find out."""
+    if plan.cache is None or "cache" not in plan.techniques:
+        return plan
+    return replace(plan, cache=replace(plan.cache, sigmas=cache_sigmas(plan.cache, guider.model_patcher)))
+
+
+@contextmanager
+def _computed_here(plan: Plan, guider, seam: Seam, mesh: Mesh | None) -> Iterator[None]:
+    """The techniques of a run in this process, in the order in which they stand around blocks and model calls: a block
+    is cut before the cache is asked, and the cache decides before a compiled block is entered."""
+    with ExitStack() as techniques:
+        if plan.fp8 is not None or plan.compile is not None:
+            techniques.enter_context(plain(guider))
+        if plan.fp8 is not None:
+            techniques.enter_context(_quantizing(plan.fp8, guider))
+        sharding = None if mesh is None or mesh.world == 1 else Sharding(mesh)
+        if sharding is not None:
+            _several_blocks(guider.model_patcher, "context parallelism")
+            seam.blocks.append(sharding.around_block)
+            seam.after = sharding.before_after
+        cached = plan.cache if "cache" in plan.techniques else None
+        if plan.attention is not None or plan.compile is not None or sharding is not None:
+            techniques.enter_context(_attending(plan.attention, guider, seam, sharding))
+        if plan.compile is not None:
+            techniques.enter_context(_compiling(plan.compile, guider, seam))
+        if cached is not None:
+            techniques.enter_context(_caching(cached, guider, seam, mesh))
+        yield
+
+
+def _put_on(seam: Seam, guider, only: str) -> None:
+    """Have a seam around each call of the run's model. only: the technique that must not meet another one.
+
+    A guider with a second model calls that with the options of the first.
+    """
+
+    def around(execute: Any, *args: Any, **kwargs: Any) -> Any:
+        patcher = guider.model_patcher
+        own = [patcher, *patcher.get_additional_models_with_key("multigpu")]
+        network = execute.class_obj.diffusion_model
+        if any(network is each.model.diffusion_model for each in own):
+            with seam.on(network):
+                return execute(*args, **kwargs)
+        if only:
+            raise ValueError(f"{only} cannot work where a guider has two models; remove it from the first one.")
+        return execute(*args, **kwargs)
+
+    add_wrapper_with_key(WrappersMP.APPLY_MODEL, PLAN_KEY, around, guider.model_options["transformer_options"])
 
 
 def _refuse_conflicts(plan: Plan, guider) -> None:
@@ -183,23 +223,20 @@ def _quantizing(config: FP8Config, guider) -> Iterator[None]:
 
 
 @contextmanager
-def _attending(config: AttentionConfig | None, guider, sharding: Sharding | None) -> Iterator[None]:
+def _attending(config: AttentionConfig | None, guider, seam: Seam, sharding: Sharding | None) -> Iterator[None]:
     """Attention by the plan. Without one, ComfyUI's own as one operator, which compiled and shared blocks need."""
     config = config or AttentionConfig(kernel="stock", trim_text=False)
-    find_stack(guider.model_patcher.model.diffusion_model)  # refuses models that it does not know
-    transformer_options = guider.model_options["transformer_options"]
     selection = Selection(config, partial(stock, optimized_attention), say=partial(note, "attention"))
-    hook = AttentionHook(selection, config.trim_text, sharding.around if sharding else lambda attend, exact: attend)
-    add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, hook.around_model, transformer_options)
-    hook.put_on(transformer_options)
+    hook = AttentionHook(selection, config.trim_text, None if sharding is None else sharding.around)
+    seam.models.append(hook.around_model)
+    seam.blocks.append(hook.around_block)
+    hook.put_on(guider.model_options["transformer_options"])
     yield
     show(config.node_id, "; ".join(selection.reasons), "attention" if selection.reasons else "")
 
 
 @contextmanager
-def _compiling(config: CompileConfig, guider) -> Iterator[None]:
-    patcher = guider.model_patcher
-    stack = find_stack(patcher.model.diffusion_model)
+def _compiling(config: CompileConfig, guider, seam: Seam) -> Iterator[None]:
     transformer_options = guider.model_options["transformer_options"]
     obstacle = _compile_obstacle(transformer_options)
     if obstacle:
@@ -210,20 +247,9 @@ def _compiling(config: CompileConfig, guider) -> Iterator[None]:
     if transformer_options.get("patches") or transformer_options.get("patches_replace"):
         config = replace(config, warm_up=False)  # other packs' code in the blocks may keep count of its calls
     blocks = CompiledBlocks(config, partial(show, config.node_id, about="compile"))
-    keys = [f"diffusion_model.{name}" for name in stack.modules]
-    modules = [patcher.model.get_submodule(key) for key in keys]
-    settings = compile_settings(config)
-    try:
-        set_torch_compile_wrapper(_RunView(patcher, transformer_options), keys=keys, **settings)
-    except Exception as error:  # of the compiler's own: nothing of the model runs here
-        blocks.give_up("a block", error, patcher.model.diffusion_model)
-        yield
-        return
-    around_model = only_for(patcher.model.diffusion_model, blocks.around_model, "Compile Blocks")
-    add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, around_model, transformer_options)
-    for key, module in zip(stack.keys, modules):
-        _wrap_block(transformer_options, key, blocks.around_block(key, module), innermost=True)
-    with blocks.settings(), _frozen(patcher.model.diffusion_model):
+    seam.models.append(blocks.around_model)
+    seam.blocks.append(blocks.around_block)
+    with blocks.settings(), _frozen(guider.model_patcher.model.diffusion_model):
         yield
 
 
@@ -252,47 +278,26 @@ def _frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-class _RunView:
-    """A ModelPatcher as set_torch_compile_wrapper sees it; what it adds goes to one run's options, not to the model."""
-
-    def __init__(self, patcher: "ModelPatcher", transformer_options: dict):
-        self.get_model_object = patcher.get_model_object
-        self.model_options: dict = {}
-        self._transformer_options = transformer_options
-
-    def add_wrapper_with_key(self, kind: str, key: str, wrapper: Callable) -> None:
-        add_wrapper_with_key(kind, key, wrapper, self._transformer_options)
-
-    def remove_wrappers_with_key(self, kind: str, key: str) -> None:
-        assert not self._transformer_options.get("wrappers", {}).get(kind, {}).get(key)
-
-
-def _count_evaluations(transformer_options: dict) -> None:
-    """Let each model call know the sampler's evaluation that it belongs to, in the workers too."""
+def _evaluations(guider) -> Evaluations:
+    """Counts the sampler's evaluations of the model, of which each call is told, in the workers too."""
     evaluations = Evaluations()
-    wrappers = transformer_options.setdefault("wrappers", {})
+    wrappers = guider.model_options["transformer_options"].setdefault("wrappers", {})
     others = wrappers.get(WrappersMP.PREDICT_NOISE, {})
     # Outside of other packs' wrappers: one that evaluates several times (tiles, guidance) is one evaluation.
     wrappers[WrappersMP.PREDICT_NOISE] = {PLAN_KEY: [evaluations.around_evaluation], **others}
-    add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, evaluations.around_model, transformer_options)
+    return evaluations
 
 
 @contextmanager
-def _caching(config: CacheConfig, guider, mesh: Mesh | None) -> Iterator[None]:
+def _caching(config: CacheConfig, guider, seam: Seam, mesh: Mesh | None) -> Iterator[None]:
     patcher = guider.model_patcher
-    stack = _several_blocks(patcher, "the first-block cache")
-    transformer_options = guider.model_options["transformer_options"]
-
+    _several_blocks(patcher, "the first-block cache")
     run = Run(node_id=config.node_id, limit=config.max_consecutive_hits, accumulate=config.accumulate)
     sigmas = cache_sigmas(config, patcher)
     cache = FirstBlockCache(config, *sigmas, *(() if mesh is None or mesh.world == 1 else (mesh.total,)))
     hook = CacheHook(cache, run, Stopwatch(patcher.load_device))
-    add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, hook.around_model, transformer_options)
-    keys = stack.keys
-    _wrap_block(transformer_options, keys[0], hook.first_block)
-    for key in keys[1:-1]:
-        _wrap_block(transformer_options, key, hook.middle_block)
-    _wrap_block(transformer_options, keys[-1], hook.last_block)
+    seam.models.append(hook.around_model)
+    seam.blocks.insert(0 if mesh is None or mesh.world == 1 else 1, hook.around_block)  # inside of the sharing
 
     started = time.perf_counter()
     begin(run)
@@ -315,34 +320,3 @@ def cache_sigmas(config: CacheConfig, patcher: "ModelPatcher") -> tuple[float, f
         return config.sigmas
     percent_to_sigma = patcher.get_model_object("model_sampling").percent_to_sigma
     return float(percent_to_sigma(config.start_percent)), float(percent_to_sigma(config.end_percent))
-
-
-def _sharding(mesh: Mesh, guider) -> Sharding:
-    return Sharding(mesh, _several_blocks(guider.model_patcher, "context parallelism").heads)
-
-
-def _share_blocks(sharding: Sharding, guider) -> None:
-    """Each block on this rank's tokens, outside of everything else that stands around it."""
-    transformer_options = guider.model_options["transformer_options"]
-    first, *middle, last = find_stack(guider.model_patcher.model.diffusion_model).keys
-    _wrap_block(transformer_options, first, sharding.first_block)
-    for key in middle:
-        _wrap_block(transformer_options, key, sharding.block)
-    _wrap_block(transformer_options, last, sharding.last_block)
-
-
-def _wrap_block(transformer_options: dict, key: BlockKey, wrapper: Callable, innermost: bool = False) -> None:
-    """Put `wrapper(args, run_block)` around one block: outside of what another pack has put there, or next to the
-    block itself."""
-    replacements = transformer_options.setdefault("patches_replace", {}).setdefault("dit", {})
-    other = replacements.get(key)
-
-    def replacement(args: dict, extra: dict) -> dict:
-        original = extra["original_block"]
-        if other is None:
-            return wrapper(args, original)
-        if innermost:
-            return other(args, {**extra, "original_block": lambda inner_args: wrapper(inner_args, original)})
-        return wrapper(args, lambda inner_args: other(inner_args, extra))
-
-    replacements[key] = replacement

@@ -7,7 +7,7 @@ factors were fitted to peaks measured on a GPU (bench/memory.py prints both besi
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .models import BlockStack
+from .models import Network
 from .plan import Plan
 
 # Hidden states (tokens x width values) that a call holds at its peak, by how the blocks run.
@@ -34,9 +34,9 @@ class Load:
     size: int = 2
 
     @classmethod
-    def of(cls, stack: BlockStack, latent: Sequence[int], size: int) -> "Load":
-        """A call of a model with a latent (B, C, T, H, W)."""
-        return cls(stack.tokens(tuple(latent)), TEXT_TOKENS, stack.width, latent[0], size)
+    def of(cls, network: Network, latent: Sequence[int], size: int) -> "Load":
+        """A call of a model with a latent (B, C, ...)."""
+        return cls(network.tokens(latent), TEXT_TOKENS, network.width, latent[0], size)
 
 
 def work_bytes(load: Load, plan: Plan, world: int = 1) -> float:

@@ -125,8 +125,8 @@ def _give_up(error: str | None) -> None:
         events.emit("run", run=_outline(run))
 
 
-def step(execute: Callable, *args: Any, **kwargs: Any) -> Any:
-    """DIFFUSION_MODEL wrapper: counts the calls of the model and their pace on the host's clock."""
+def step(call: Any, run: Callable) -> Any:
+    """Around a model call (models/seam.py): counts them, and their pace on the host's clock."""
     global _last_call
     now = time.perf_counter()
     with events.lock:
@@ -139,7 +139,7 @@ def step(execute: Callable, *args: Any, **kwargs: Any) -> Any:
         _last_call = now
         events.emit("step", calls=_sampling.calls, step_ms=_sampling.step_ms)
     look()
-    return execute(*args, **kwargs)
+    return run(call)
 
 
 def look(at_once: bool = False) -> None:

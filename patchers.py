@@ -1,7 +1,7 @@
 """ModelPatchers over a second model: a run's own patcher, ComfyUI's books about what is loaded."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,18 +66,6 @@ def unload(patcher: ModelPatcher) -> None:
     loaded = [entry for entry in memory.current_loaded_models if entry.model is not None]
     for entry in [entry for entry in loaded if patcher.is_clone(entry.model)]:
         memory.free_memory(1e30, entry.device, keep_loaded=[other for other in loaded if other is not entry])
-
-
-def only_for(network: object, wrapper: Callable, technique: str) -> Callable:
-    """A DIFFUSION_MODEL wrapper that refuses other networks: a guider with a second model calls that with the options
-    of the first, wrappers included."""
-
-    def around(execute: Any, *args: Any, **kwargs: Any) -> Any:
-        if execute.class_obj is not network:
-            raise ValueError(f"{technique} cannot work where a guider has two models; remove it from the first one.")
-        return wrapper(execute, *args, **kwargs)
-
-    return around
 
 
 def is_loaded(model: nn.Module) -> bool:

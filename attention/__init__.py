@@ -1,8 +1,17 @@
 """Attention: padded text is cut away, and the fastest kernel that the card has does the rest."""
 
-from .hook import ROPE_KEY, AttentionHook, override, stock
+from .hook import BLOCK_KEY, ROPE_KEY, AttentionHook, override, stock
 from .lse import attention_with_lse
 from .op import enter_block
 from .selection import Selection
 
-__all__ = ["ROPE_KEY", "AttentionHook", "Selection", "attention_with_lse", "enter_block", "override", "stock"]
+__all__ = [
+    "BLOCK_KEY",
+    "ROPE_KEY",
+    "AttentionHook",
+    "Selection",
+    "attention_with_lse",
+    "enter_block",
+    "override",
+    "stock",
+]

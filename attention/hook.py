@@ -1,6 +1,4 @@
-"""Hangs the attention on a model: around each model call, and in place of ComfyUI's attention function.
-
-The functions take ComfyUI's arguments as they come, so nothing of ComfyUI is imported.
+"""Hangs the attention on a model: around each model call and block, and in place of ComfyUI's attention function.
 
 Letters: B batch, H heads, S tokens, D head dim.
 """
@@ -12,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import OVERRIDE, WARM_UP_KEY, Options, named_arguments
+from ..models import OPTIONS, OVERRIDE, WARM_UP_KEY, Block, ModelCall, Options, RunBlock, RunModel, Values
 from .op import Attend, active, current_options, enter_block
 from .op import attention as attention_op
 from .selection import Selection
@@ -20,6 +18,7 @@ from .text import without_padding
 
 Around = Callable[[Attend, bool], Attend]
 # In transformer_options:
+BLOCK_KEY = "skein_block"  # these are a block's, with its attention for the operator
 ROPE_KEY = "skein_rope"  # rotary factors that a block has left to its attention
 OTHER_KEY = "skein_other_attention"  # another node's attention function, which ours stands before
 INSIDE_KEY = "skein_inside_attention"  # ours has called ComfyUI's or another node's: not again
@@ -27,34 +26,50 @@ INSIDE_KEY = "skein_inside_attention"  # ours has called ComfyUI's or another no
 OURS = "_skein_override"  # attribute of our functions
 OTHER_RUNS = "another node has set an attention of its own: it runs"
 OTHER_LEFT = "another node has set an attention of its own: Skein's runs in the blocks, kernel stock would leave it"
+NONE = "its attention does not ask for another one, and runs as ComfyUI has it"
 ALL_EXACT = "nothing is computed in 8 bits: exact_steps is {exact} at both ends, and there are {steps} steps"
 
 
 class AttentionHook:
     """The attention of one run: its kernels, and whether padded text is cut."""
 
-    def __init__(self, selection: Selection, trim_text: bool, around: Around = lambda attend, exact: attend):
-        """around: what stands around the kernels, such as an exchange with other processes. It is told whether they are
-        exact in this call."""
+    def __init__(self, selection: Selection, trim_text: bool, around: Around | None = None):
+        """around: the exchange with other processes that stands around the kernels; told whether they are exact in this
+        call."""
         self.selection = selection
         self.trim_text = trim_text
         self.around = around
+        self._attentions = 0  # that have gone through the operator
 
-    def around_model(self, execute: Callable, *args: Any, **kwargs: Any) -> Any:
-        """DIFFUSION_MODEL wrapper: cuts padded text, and makes this run's kernels the thread's."""
-        call, config = named_arguments(execute, args, kwargs), self.selection.config
-        options = call.arguments["transformer_options"]
-        self.put_on(options)
-        exact = not config.allow_8bit or self._is_exact(options)
+    def around_model(self, call: ModelCall, run: RunModel) -> Any:
+        """Cuts padded text, and makes this run's kernels the thread's."""
+        self.put_on(call.options)
+        exact = not self.selection.config.allow_8bit or self._is_exact(call.options)
+        attend: Attend = partial(self.selection.attend, exact=exact)
+        if self.around is not None:
+            attend = self.around(attend, exact)
+        with active(partial(self._counted, attend), call.options):
+            padding = call.network.architecture.padding if self.trim_text else ""
+            if not padding:
+                return run(call)
+            return without_padding(lambda arguments: run(call.changed(**arguments)), call.arguments, padding)
 
-        def run(arguments: dict) -> Tensor:
-            call.arguments.update(arguments)
-            return execute(*call.args, **call.kwargs)
+    def _counted(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        self._attentions += 1
+        return attend(q, k, v, mask)
 
-        with active(self.around(partial(self.selection.attend, exact=exact), exact), options):
-            if self.trim_text:
-                return without_padding(run, dict(call.arguments))
-            return execute(*args, **kwargs)
+    def around_block(self, call: ModelCall, block: Block, values: Values, run: RunBlock) -> Values:
+        """Marks the block's options, for what is outside of blocks, such as a refiner of the text, has ComfyUI's own
+        attention. Raises ValueError if a block that is shared has not asked for this one: its result would be wrong."""
+        if isinstance(values.get(OPTIONS), dict):
+            values = {**values, OPTIONS: {**values[OPTIONS], BLOCK_KEY: True}}
+        before = self._attentions
+        out = run(values)
+        if self._attentions == before and WARM_UP_KEY not in call.options:
+            if self.around is not None:
+                raise ValueError(f"Context Parallel cannot share {block}, because {NONE}; remove Context Parallel.")
+            self.selection.say(NONE)
+        return out
 
     def put_on(self, options: Options) -> None:
         """Have Skein's attention in a run's options, or a call's: some nodes set theirs again in each step. Always the
@@ -98,8 +113,8 @@ def _before(other: Callable) -> Callable:
 def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=None, **kwargs: Any) -> Tensor:
     """ComfyUI's optimized_attention_override: the operator wherever it computes the same as `func`.
 
-    That is inside a block, with q, k and v as (B, H, S, D), without a scale of its own. One function for all
-    runs, so that compiled blocks, which guard on it, stay valid.
+    That is inside a block, without a scale of its own. q, k and v: (B, H, S, D) with skip_reshape, else (B, S, H * D).
+    One function for all runs, so that compiled blocks, which guard on it, stay valid.
     """
     options = kwargs.get("transformer_options") or {}
     if INSIDE_KEY in options:
@@ -109,16 +124,15 @@ def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=N
     rope = options.get(ROPE_KEY)
     if rope is not None:
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-    plain = (
-        "block_index" in options
-        and kwargs.get("skip_reshape", False)
-        and not kwargs.get("skip_output_reshape", False)
-        and kwargs.get("scale") is None
-        and q.shape[1] == k.shape[1]
-    )
-    if not plain:
+    if BLOCK_KEY not in options or kwargs.get("scale") is not None:
         return func(q, k, v, heads, mask=mask, **kwargs)
-    return attention_op(q, k, v, mask)
+    if not kwargs.get("skip_reshape", False):
+        head_dim = q.shape[-1] // heads  # SD3 has values (B, S, H, D) beside flat queries and keys
+        q, k, v = (x.reshape(*x.shape[:2], -1, head_dim).transpose(1, 2) for x in (q, k, v))
+    if k.shape[1] != q.shape[1]:  # fewer heads of keys and values than of queries
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    out = attention_op(q, k, v, mask)
+    return out.unflatten(2, (heads, -1)).transpose(1, 2) if kwargs.get("skip_output_reshape", False) else out
 
 
 vars(override)[OURS] = True

@@ -15,19 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import Options
+from ..models import Options, Values
 
 logger = logging.getLogger("skein")
 
 MASKED_OUT = -1e4  # an additive mask's value from which on no weight is left, in every type
-Arguments = dict[str, Any]  # of a model call, by name
 
 
-def without_padding(run: Callable[[Arguments], Tensor], arguments: Arguments) -> Tensor:
+def without_padding(run: Callable[[Values], Tensor], arguments: Values, padding: str = "any") -> Tensor:
     """`run(arguments)` on text without padding: the output (B, ...) in the order of the batch.
 
     Reads context (B, L, C) and attention_mask (B, L), integers, booleans or an additive float mask; changes no argument
-    in place. Raises ValueError if mask and context do not fit.
+    in place. padding: "right" if only that at the end may be cut. Raises ValueError if mask and context do not fit.
     """
     context, mask = arguments["context"], arguments.get("attention_mask")
     if mask is None:
@@ -40,7 +39,7 @@ def without_padding(run: Callable[[Arguments], Tensor], arguments: Arguments) ->
             "one text encoder node."
         )
     kept = kept_ranges(rows)
-    if kept is None:
+    if kept is None or (padding == "right" and any(first for first, _ in kept)):
         logger.warning("Skein attention: the text mask is not a padding mask; ComfyUI's own attention honours it.")
         return run(arguments)
     if len(set(kept)) == 1:
@@ -66,11 +65,11 @@ def kept_ranges(mask: Tensor) -> list[tuple[int, int]] | None:
     return ranges
 
 
-def _trimmed(arguments: Arguments, kept: tuple[int, int]) -> Arguments:
+def _trimmed(arguments: Values, kept: tuple[int, int]) -> Values:
     return {**arguments, "context": arguments["context"][:, kept[0] : kept[1]], "attention_mask": None}
 
 
-def _in_groups(run: Callable[[Arguments], Tensor], arguments: Arguments, kept: Sequence[tuple[int, int]]) -> Tensor:
+def _in_groups(run: Callable[[Values], Tensor], arguments: Values, kept: Sequence[tuple[int, int]]) -> Tensor:
     batch = len(kept)
     output: Tensor | None = None
     for length in dict.fromkeys(kept):

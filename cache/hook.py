@@ -1,42 +1,36 @@
 """Hangs the cache on a model's blocks: what happens before, between and after them in one model call.
 
-The functions take ComfyUI's block arguments as plain dicts, so nothing of ComfyUI is imported.
-
 Letters: B batch, S image tokens, C channels.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from ..models import WARM_UP_KEY, call_input, call_options
+from ..models import WARM_UP_KEY, Block, ModelCall, RunBlock, RunModel, Values, pass_by
 from ..report import add
 from ..runs import Call, Run, finite
 from ..stopwatch import Stopwatch
 from .first_block import Decision, FirstBlockCache, sample_tokens
 from .streams import Streams
 
-CALL_KEY = "skein_cache_call"  # where the call in progress travels, in transformer_options
-Block = Callable[[dict], dict]
 
+class _State:
+    """What the cache knows of one model call in progress."""
 
-class _ModelCall:
-    """One model call in progress. Lives in transformer_options, so that calls on several threads stay apart."""
-
-    def __init__(self, streams: list[int], sigma: float):
+    def __init__(self, streams: list[int], sigma: float, step: int, first: Block, last: Block):
         self.streams = streams
         self.sigma = sigma
-        self.image_tokens = 0
+        self.step = step
+        self.first, self.last = first, last  # the blocks that decide, and that end what is reused
         self.signature: Tensor | None = None
         self.after_first: Tensor | None = None  # image after the first block; of a computed call
         self.reused: Tensor | None = None  # image after the last block; of a reused call
         self.record: Call | None = None
-        self.step = 0
 
 
 class CacheHook:
-    """The cache of one run, as wrappers around its model and its blocks."""
+    """The cache of one run, around its model and its blocks."""
 
     def __init__(self, cache: FirstBlockCache, run: Run, stopwatch: Stopwatch):
         self.cache = cache
@@ -44,24 +38,24 @@ class CacheHook:
         self.stopwatch = stopwatch
         self._streams = Streams(cache.forget, cache.total)
         self._schedule: list[float] | None = None  # the sampler's sigmas
+        self._calls: dict[ModelCall, _State] = {}  # in progress: several with ComfyUI's MultiGPU
 
-    def around_model(self, execute: Callable, *args: Any, **kwargs: Any) -> Any:
-        """DIFFUSION_MODEL wrapper: opens and closes a call."""
-        options = call_options(args, kwargs)
-        if WARM_UP_KEY in options:
-            return execute(*args, **kwargs)
-        sigma = float(options["sigmas"].flatten()[0])
-        call = _ModelCall(self._streams.find(options, call_input(args, kwargs), sigma), sigma)
-        call.step = self._step(options.get("sample_sigmas"), call.sigma)
-        options[CALL_KEY] = call
+    def around_model(self, call: ModelCall, run: RunModel) -> Any:
+        """Opens and closes a call."""
+        if WARM_UP_KEY in call.options:
+            return run(call)
+        sigma = float(call.options["sigmas"].flatten()[0])
+        step = self._step(call.options.get("sample_sigmas"), sigma)
+        state = _State(self._streams.find(call.options, call.latent, sigma), sigma, step, *_ends(call))
+        self._calls[call] = state
         stop = self.stopwatch.start()
         try:
-            output = execute(*args, **kwargs)
+            output = run(call)
         finally:
-            options.pop(CALL_KEY, None)
-        if call.record is not None:
-            stop(call.record)
-            add(self.run, call.record, self.stopwatch.look())
+            del self._calls[call]
+        if state.record is not None:
+            stop(state.record)
+            add(self.run, state.record, self.stopwatch.look())
         return output
 
     def _step(self, schedule: Tensor | None, sigma: float) -> int:
@@ -73,71 +67,70 @@ class CacheHook:
             self.run.steps = len(self._schedule) - 1
         return sum(each > sigma for each in self._schedule[:-1])
 
-    def first_block(self, args: dict, block: Block) -> dict:
-        """Runs the first block and decides from what it changed."""
-        call = _current(args)
-        if call is None:
-            return block(args)
-        if self.cache.ended(call.sigma):
-            for stream in call.streams:
+    def around_block(self, call: ModelCall, block: Block, values: Values, run: RunBlock) -> Values:
+        """The first block decides; on a hit the blocks after it are passed by, and the last one writes its image."""
+        state = self._calls.get(call)
+        if state is None or block.beside:
+            return run(values)
+        if block is state.first:
+            return self._first_block(call, state, values, run)
+        # Without a signature: past end_percent, or another pack has put something in the first block's place.
+        if state.signature is None or not state.first.index < block.index <= state.last.index:
+            return run(values)
+        if block is state.last:
+            return self._last_block(call, state, values, run)
+        return run(values) if state.reused is None else pass_by(block, values)
+
+    def _first_block(self, call: ModelCall, state: _State, values: Values, run: RunBlock) -> Values:
+        if self.cache.ended(state.sigma):
+            for stream in state.streams:
                 self.cache.forget(stream)
-            self._record(call, Decision(reuse=False, change=None, admitted=False))
-            return block(args)
+            self._record(state, Decision(reuse=False, change=None, admitted=False))
+            return run(values)
         # ComfyUI's blocks add in place: what comes after must not change what is kept from before.
-        before = sample_tokens(args["img"]).clone()
-        out = block(args)
-        image = out["img"]
-        call.image_tokens = image.shape[1]
-        call.signature = sample_tokens(image) - before
-        decision = self.cache.decide(call.streams, call.signature, call.sigma)
-        self._record(call, decision)
+        before = sample_tokens(call.image(state.first, values)).clone()
+        out = run(values)
+        image = call.image(state.first, out)
+        state.signature = sample_tokens(image) - before
+        decision = self.cache.decide(state.streams, state.signature, state.sigma)
+        self._record(state, decision)
         if decision.reuse:
-            call.reused = self.cache.apply(call.streams, image)
+            state.reused = self.cache.apply(state.streams, image)
         else:
-            call.after_first = image.clone()
+            state.after_first = image.clone()
         return out
 
-    def _record(self, call: _ModelCall, decision: Decision) -> None:
-        call.record = Call(
-            call.sigma,
+    def _last_block(self, call: ModelCall, state: _State, values: Values, run: RunBlock) -> Values:
+        """Runs the last block and keeps what the stack changed, or puts in what it would have changed."""
+        if state.reused is not None:
+            out = pass_by(state.last, values)
+            # Written over, not added to: what others added between the blocks (ControlNet) is in the residual.
+            call.write_image(state.last, out, state.reused)
+            return out
+        assert state.signature is not None and state.after_first is not None
+        out = run(values)
+        residual = state.after_first.neg_().add_(call.image(state.last, out))
+        self.cache.store(state.streams, state.signature, residual, state.sigma)
+        state.after_first = None
+        return out
+
+    def _record(self, state: _State, decision: Decision) -> None:
+        state.record = Call(
+            state.sigma,
             finite(decision.change),
             self.cache.config.threshold,
             decision.reuse,
             admitted=decision.admitted,
-            parts=call.streams,
-            step=call.step,
+            parts=state.streams,
+            step=state.step,
         )
 
-    def middle_block(self, args: dict, block: Block) -> dict:
-        call = _current(args)
-        if call is None or call.reused is None:
-            return block(args)
-        return {key: args[key] for key in ("img", "txt") if key in args}
 
-    def last_block(self, args: dict, block: Block) -> dict:
-        """Runs the last block and keeps what the stack changed, or puts in what it would have changed."""
-        call = _current(args)
-        # Without a signature: past end_percent, or another pack has put something in the first block's place.
-        if call is None or call.signature is None:
-            return block(args)
-        if call.reused is not None:
-            out = {key: args[key] for key in ("img", "txt") if key in args}
-            # Written over, not added to: what others added between the blocks (ControlNet) is in the residual.
-            _image_part(out["img"], call).copy_(call.reused)
-            return out
-        assert call.after_first is not None
-        out = block(args)
-        residual = call.after_first.neg_().add_(_image_part(out["img"], call))
-        self.cache.store(call.streams, call.signature, residual, call.sigma)
-        call.after_first = None
-        return out
-
-
-def _current(args: dict) -> _ModelCall | None:
-    """The call in progress; None if the blocks are run by something else than the model's own forward."""
-    return args["transformer_options"].get(CALL_KEY)
-
-
-def _image_part(hidden: Tensor, call: _ModelCall) -> Tensor:
-    """The image tokens of a hidden state: all of a double block's, the last ones of a single block's."""
-    return hidden[:, hidden.shape[1] - call.image_tokens :]
+def _ends(call: ModelCall) -> tuple[Block, Block]:
+    """The blocks that decide, and that end what is reused: the first and the last that no other pack has replaced, for
+    what it puts around a block sees the image before and after, and those differ on a hit. Where there are not two, the
+    first and the last of all."""
+    replaced = call.options.get("patches_replace", {}).get("dit", {})
+    own = [block for block in call.network.blocks if block.key not in replaced]
+    first, *_, last = own if len(own) > 1 else call.network.blocks
+    return first, last

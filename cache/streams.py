@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import call_options
+from ..models import ModelCall, RunModel
 from .prediction import Total
 
 EVALUATION_KEY = "skein_evaluation"  # in transformer_options: the number of the evaluation that a call belongs to
@@ -46,10 +46,10 @@ class Evaluations:
         self.number += 1
         return execute(*args, **kwargs)
 
-    def around_model(self, execute: Callable, *args: Any, **kwargs: Any) -> Any:
-        """DIFFUSION_MODEL wrapper."""
-        call_options(args, kwargs)[EVALUATION_KEY] = self.number
-        return execute(*args, **kwargs)
+    def around_model(self, call: ModelCall, run: RunModel) -> Any:
+        """Around the model's calls."""
+        call.options[EVALUATION_KEY] = self.number
+        return run(call)
 
 
 @dataclass

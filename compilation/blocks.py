@@ -3,8 +3,6 @@
 All blocks of a kind share one compiled graph, because weights are inputs of the graph. What would compile it anew is
 kept away from the blocks: they get only those transformer_options that they use, and rotary factors go to the attention
 in plain torch, where the compiler joins them to the norms before it.
-
-The functions take ComfyUI's block arguments as plain dicts, so nothing of ComfyUI is imported.
 """
 
 import logging
@@ -16,8 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention import ROPE_KEY, enter_block, override
-from ..models import OVERRIDE, WARM_UP_KEY, BlockKey, call_options
+from ..attention import BLOCK_KEY, ROPE_KEY, enter_block, override
+from ..models import (
+    OPTIONS,
+    OVERRIDE,
+    WARM_UP_KEY,
+    Block,
+    Forward,
+    ModelCall,
+    RunBlock,
+    RunModel,
+    Stack,
+    Values,
+    pass_by,
+)
 from ..out_of_memory import is_out_of_memory
 from ..plan import CompileConfig
 from .errors import is_compilers, reason, root_of
@@ -31,8 +41,6 @@ PATCHED = (
     "blocks that are not wholly on the GPU run uncompiled, because ComfyUI puts the LoRA on them in each call; FP8 "
     "makes the model smaller and merges the LoRA"
 )
-
-Block = Callable[[dict], dict]
 
 
 def compile_settings(config: CompileConfig) -> dict[str, Any]:
@@ -56,12 +64,14 @@ def compile_settings(config: CompileConfig) -> dict[str, Any]:
 class CompiledBlocks:
     """The compiled blocks of one run: arguments that keep graphs valid, warm-up, and the way back to eager.
 
-    say: shows a line of status to the user.
+    Stands next to the blocks' own forwards, inside of everything else. say: shows a line of status to the user.
     """
 
     def __init__(self, config: CompileConfig, say: Callable[[str], None]):
         self.config = config
         self.say = say
+        self.arguments = compile_settings(config)
+        self._compiled: dict[str, Callable] = {}  # path of a block -> its forward, compiled
         self.failed = False
         self.patched = False  # whether a block has run as PATCHED says
         self._warm: set[tuple] = set()  # input shapes
@@ -73,20 +83,14 @@ class CompiledBlocks:
         with torch._dynamo.config.patch({limit: RECOMPILE_LIMIT}):
             yield
 
-    def around_model(self, execute: Callable, *args: Any, **kwargs: Any) -> Any:
-        """DIFFUSION_MODEL wrapper: before the first call of a size, one block of each kind runs to be compiled."""
-        shapes = tuple(tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+    def around_model(self, call: ModelCall, run: RunModel) -> Any:
+        """Before the first call of a size, one block of each kind runs to be compiled."""
+        shapes = tuple(tuple(a.shape) for a in call.arguments.values() if isinstance(a, torch.Tensor))
         if self.config.warm_up and not self.failed and shapes not in self._warm:
             self._warm.add(shapes)
-            options = call_options(args, kwargs)
-            warm = {**options, WARM_UP_KEY: set()}  # the kinds of block that have run
-            self._warm_up(
-                lambda: execute(
-                    *(warm if a is options else a for a in args),
-                    **{name: warm if a is options else a for name, a in kwargs.items()},
-                )
-            )
-        return execute(*args, **kwargs)
+            kinds: set[tuple] = set()  # of block, that have run
+            self._warm_up(lambda: run(call.changed(**{OPTIONS: {**call.options, WARM_UP_KEY: kinds}})))
+        return run(call)
 
     def _warm_up(self, run: Callable[[], Any]) -> None:
         self.say("compiling blocks; the first time this takes about half a minute")
@@ -97,29 +101,23 @@ class CompiledBlocks:
             seconds = time.perf_counter() - started
             self.say(f"compiled {made} graphs in {seconds:.1f} s" if made else "compiled before")
 
-    def around_block(self, key: BlockKey, module: nn.Module) -> Callable[[dict, Block], dict]:
-        """A wrapper (args, block) for one block, with nothing of another pack's between it and the block.
-
-        module: the block, as ComfyUI loads and patches it.
-        """
-
-        def run(args: dict, block: Block) -> dict:
-            warmed = args["transformer_options"].get(WARM_UP_KEY)
-            if warmed is not None:
-                if key[0] in warmed:
-                    return {name: args[name] for name in ("img", "txt") if name in args}
-                warmed.add(key[0])
-            if not self.failed and not self._patches_as_it_runs(module):
-                enter_block(args["transformer_options"])
-                try:
-                    return self._run_compiled(key, args, block)
-                except Exception as error:
-                    self._handle(error, key, module)
-            # The graph is whole or absent, so nothing has run yet and `args` are as they were.
-            with torch.compiler.set_stance("force_eager"):
-                return block(args)
-
-        return run
+    def around_block(self, call: ModelCall, block: Block, values: Values, run: RunBlock) -> Values:
+        """The block compiled, or as it is where that fails."""
+        assert isinstance(run, Forward)
+        warmed = call.options.get(WARM_UP_KEY)
+        if warmed is not None:
+            if block.kind in warmed:
+                return pass_by(block, values)
+            warmed.add(block.kind)
+        if not self.failed and not self._patches_as_it_runs(block.module):
+            enter_block(values.get(OPTIONS) or call.options)
+            try:
+                return self._run_compiled(block, values, run)
+            except Exception as error:
+                self._handle(error, block, run)
+        # The graph is whole or absent, so nothing has run yet and `values` are as they were.
+        with torch.compiler.set_stance("force_eager"):
+            return run(values)
 
     def _patches_as_it_runs(self, module: nn.Module) -> bool:
         """Whether ComfyUI puts a LoRA on layers of a block in each call, because they are not on the device. What it
@@ -133,41 +131,60 @@ class CompiledBlocks:
             self.say(PATCHED)
         return patches
 
-    def _run_compiled(self, key: BlockKey, args: dict, block: Block) -> dict:
+    def _run_compiled(self, block: Block, values: Values, run: Forward) -> Values:
         started, graphs = time.perf_counter(), _graphs()
-        out = block(self._stable(args))
+        if block.path not in self._compiled:
+            self._compiled[block.path] = torch.compile(run.forward, **self.arguments)
+        out = run.by(self._compiled[block.path], self._stable(block, values))
         if _graphs() > graphs:
-            logger.info("Skein compile: %s %d in %.1f s", *key, time.perf_counter() - started)
+            logger.info("Skein compile: %s in %.1f s", block, time.perf_counter() - started)
         return out
 
-    def _stable(self, args: dict) -> dict:
+    def _stable(self, block: Block, values: Values) -> Values:
         """Arguments that keep graphs valid: only the options that a block uses, rotary factors for the attention to
-        apply, sizes that depend on the text marked as variable."""
+        apply, sizes that depend on the text marked as variable, and no views, as the first block's image may be."""
+        stack = block.stack
+        stable = dict(values)
+        for name in (stack.image, stack.text):
+            if isinstance(stable.get(name), torch.Tensor):
+                stable[name] = stable[name].contiguous()
         if self.config.dynamic == "auto":
-            text = "txt" if "txt" in args else "img"
-            torch._dynamo.maybe_mark_dynamic(args[text], 1)
-            if args["pe"] is not None:
-                torch._dynamo.maybe_mark_dynamic(args["pe"], 2)
+            for name, dim in _text_dimensions(stack):
+                _mark_dynamic(stable.get(name), dim)
         # block_index: one number for all, or each block would be compiled for its own.
-        needed = {OVERRIDE: override, "block_index": 0, ROPE_KEY: args["pe"]}
-        return {**args, "pe": None, "transformer_options": needed}
+        needed: dict[str, Any] = {OVERRIDE: override, BLOCK_KEY: True, "block_index": 0}
+        if stack.rope and stable.get(stack.rope) is not None:
+            needed[ROPE_KEY], stable[stack.rope] = stable[stack.rope], None
+        return {**stable, OPTIONS: needed} if OPTIONS in stable else stable
 
-    def _handle(self, error: Exception, key: BlockKey, module: nn.Module) -> None:
-        """Note a failure of the compiler; anything else is raised again."""
+    def _handle(self, error: Exception, block: Block, run: Forward) -> None:
+        """Compile nothing more in this run, and say why; but an error that is not the compiler's is raised again."""
         root = root_of(error)
         if isinstance(root, Exception) and is_out_of_memory(root):
             raise root from error
-        if not is_compilers(error):
+        if block.path in self._compiled and not is_compilers(error):
             raise error
-        self.give_up(f"{key[0]} {key[1]}", error, module)
-
-    def give_up(self, block: str, error: Exception, module: nn.Module) -> None:
-        """Compile nothing more in this run, and say why."""
         self.failed = True
-        why = reason(error, module)
+        why = reason(error, block.module, run.forward)
         logger.warning("Skein compile: %s failed, this run goes on uncompiled (%s)", block, why)
         logger.debug("Skein compile: the compiler said", exc_info=error)
         self.say(f"uncompiled: {block} could not be compiled ({why})")
+
+
+def _text_dimensions(stack: Stack) -> list[tuple[str, int]]:
+    """Parameters of a block and their dimensions that count the text's tokens."""
+    found = [(each.name, each.dim) for each in stack.tokens if each.of in ("sequence", "text", "mask")]
+    if stack.text:
+        found.append((stack.text, 1))
+    elif stack.order:
+        found.append((stack.image, 1))
+    return found
+
+
+def _mark_dynamic(value: Any, dim: int) -> None:
+    for each in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(each, torch.Tensor):
+            torch._dynamo.maybe_mark_dynamic(each, dim)
 
 
 def _graphs() -> int:

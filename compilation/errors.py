@@ -1,6 +1,6 @@
 """What goes wrong in torch.compile: whether it is the compiler's own, and why, in words."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import torch
@@ -41,8 +41,8 @@ def root_of(error: Exception) -> Exception:
     return root_of(inner) if isinstance(inner, Exception) else error
 
 
-def reason(error: Exception, module: nn.Module) -> str:
-    """Why a module could not be compiled."""
+def reason(error: Exception, module: nn.Module, forward: Callable) -> str:
+    """Why a module could not be compiled. forward: its own, below what this run has put on it."""
     root = root_of(error)
     name = type(root).__name__
     if name in KNOWN:
@@ -56,7 +56,7 @@ def reason(error: Exception, module: nn.Module) -> str:
             return FOLDER.format(folder)
         text = str(getattr(root, "output", text))
         name = "the C++ compiler fails"
-    elif any(_has_own_forward(part) for part in module.modules()):
+    elif not is_own_method(module, "forward", forward) or any(map(_has_own_forward, list(module.modules())[1:])):
         return FORWARD
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "")

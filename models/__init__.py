@@ -1,20 +1,33 @@
-"""What models look like, as data."""
+"""What models look like, as data, and the seam by which a run stands around their calls and blocks."""
 
-from .calls import OVERRIDE, WARM_UP_KEY, Options, call_input, call_options, named_arguments
+from .architecture import Architecture, PerToken, Stack
+from .call import OPTIONS, OVERRIDE, WARM_UP_KEY, ModelCall, Options, Values, first_tensor, pass_by, streams
+from .network import Block, BlockKey, Network
+from .seam import Forward, RunBlock, RunModel, Seam, entry_of
 from .share import share
-from .stacks import BlockKey, BlockStack, find_stack
 from .text_encoders import TEXT_ENCODER_KEEPS
 
 __all__ = [
+    "OPTIONS",
     "OVERRIDE",
     "TEXT_ENCODER_KEEPS",
     "WARM_UP_KEY",
+    "Architecture",
+    "Block",
     "BlockKey",
-    "BlockStack",
+    "Forward",
+    "ModelCall",
+    "Network",
     "Options",
-    "call_input",
-    "call_options",
-    "find_stack",
-    "named_arguments",
+    "PerToken",
+    "RunBlock",
+    "RunModel",
+    "Seam",
+    "Stack",
+    "Values",
+    "entry_of",
+    "first_tensor",
+    "pass_by",
     "share",
+    "streams",
 ]

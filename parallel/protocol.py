@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 VERSION = 1
-OPTIONS = "transformer_options"  # the value that stands for them among a call's arguments
 EVERYBODY = ("begin", "end", "decode_strip", "decode_tile", "room", "make_room")  # questions that every rank answers
 ALIGNMENT = 64  # bytes: where tensors start
 

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,19 +20,19 @@ import comfy.cli_args
 import comfy.model_management as memory
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key
+from comfy.patcher_extension import CallbacksMP
 from torch import Tensor, nn
 
 from .. import conflicts, live
 from ..estimate import Load, room_bytes
 from ..files import LOAD_AGAIN, changes, require_unchanged
-from ..models import OVERRIDE, call_input, call_options, find_stack, named_arguments, share
-from ..patchers import KEYS, clone_over, is_kept, only_for, own_network, unload
+from ..models import OPTIONS, OVERRIDE, ModelCall, Network, RunModel, Seam, entry_of, share
+from ..patchers import KEYS, clone_over, is_kept, own_network, unload
 from ..plan import PLAN_KEY, Plan
 from ..report import show
 from .group import Group, GroupError, group_for, name_of, release, running_group, visible_devices
 from .machines import machines
-from .protocol import OPTIONS, NotPlain, pack
+from .protocol import NotPlain, pack
 from .recipe import Patches, export_patches, inference_type, recipe_of
 from .setting import Setting
 
@@ -44,7 +44,7 @@ PROXY_KEY = "_skein_proxy"  # on the proxy's model; and on the source's, so that
 
 
 @contextmanager
-def delegated(plan: Plan, guider) -> Iterator[None]:
+def delegated(plan: Plan, guider, seam: Seam) -> Iterator[None]:
     """Within: the guider's model runs in the workers. Raises ValueError on what cannot go there, before they start."""
     source, config = guider.model_patcher, plan.parallel
     assert config is not None
@@ -57,10 +57,8 @@ def delegated(plan: Plan, guider) -> Iterator[None]:
         group = _ready(setting, recipe, proxy, source, plan)
         _begin(group, proxy, source, plan, patches)
         caller = _Caller(group, proxy, source.load_device)
-        options = guider.model_options["transformer_options"]
-        conflicts.watch(options, "parallel", proxy.root)
-        wrapper = only_for(proxy.model.diffusion_model, caller, "Context Parallel")
-        add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, PLAN_KEY, wrapper, options)
+        conflicts.watch(guider.model_options["transformer_options"], "parallel", proxy.root)
+        seam.models.append(caller)
         try:
             yield
         except BaseException:
@@ -164,26 +162,22 @@ def _begin(group: Group, proxy: "Proxy", source: ModelPatcher, plan: Plan, patch
 
 
 class _Caller:
-    """DIFFUSION_MODEL wrapper: the workers run the call."""
+    """In the place of the model's calls: the workers run them."""
 
     def __init__(self, group: Group, proxy: "Proxy", own: torch.device):
         self.group, self.proxy, self.own = group, proxy, own  # own: this process's device
         self.calls = 0
         self.seconds = 0.0
 
-    def __call__(self, execute: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, call: ModelCall, _run: RunModel) -> Tensor:
         started = time.perf_counter()
-        if named_arguments(execute, args, kwargs).arguments.get("control") is not None:
+        if call.arguments.get("control") is not None:
             raise ValueError(conflicts.AWAY.format(found="a ControlNet"))
-        sample = call_input(args, kwargs)
+        sample = call.latent
         if not self.calls and shares(self.group, self.own):
             clear_own(self.own, self.proxy.need(sample.shape))
-        options = call_options(args, kwargs)
-        message = {
-            "args": [OPTIONS if value is options else value for value in args],
-            "kwargs": {name: OPTIONS if value is options else value for name, value in kwargs.items()},
-            "options": _plain(options),
-        }
+        arguments = {name: value for name, value in call.arguments.items() if name != OPTIONS}
+        message = {"arguments": arguments, "options": _plain(call.options)}
         try:
             out = self.group.ask("call", message, CALL_SECONDS)
         except NotPlain as error:
@@ -239,7 +233,9 @@ class Proxy:
         self.size, self.spare = memory.module_size(source.model), 0.0
         self.plan, self.world = Plan(), 1
         self.model: Any = share(source.model)
-        _empty(self.model.diffusion_model)
+        network: Any = self.model.diffusion_model
+        _empty(network)
+        vars(network)[entry_of(network)] = _without_workers
         vars(self.model)[PROXY_KEY] = self
         vars(self.model)["memory_required"] = self._asked
         self.root = ModelPatcher(self.model, source.load_device, source.offload_device, size=1)
@@ -254,7 +250,7 @@ class Proxy:
 
     def need(self, latent: Sequence[int]) -> float:
         """Bytes that each worker wants free for a call with a latent of this shape."""
-        load = Load.of(find_stack(self.model.diffusion_model), latent, self.model.get_dtype_inference().itemsize)
+        load = Load.of(Network(self.model.diffusion_model), latent, self.model.get_dtype_inference().itemsize)
         return room_bytes(load, self.plan, self.world)
 
     def _asked(self, input_shape: Sequence[int], *_args: Any, **_kwargs: Any) -> float:
@@ -320,6 +316,11 @@ def _proxy_of(source: ModelPatcher) -> Proxy:
     return kept[PROXY_KEY]
 
 
+def _without_workers(*_args: Any, **_kwargs: Any) -> None:
+    """The proxy's own forward: a run puts its caller in this place."""
+    raise RuntimeError("Skein: the weights of this model are in the workers; only Context Parallel's runs may call it.")
+
+
 def _empty(network: Any) -> None:
     """Tensors without memory in the place of all parameters and buffers, which no move touches."""
     for module in network.modules():
@@ -339,7 +340,7 @@ def _hollow(tensor: Tensor) -> Tensor:
 def setting_of(plan: Plan, source: ModelPatcher) -> Setting:
     """Which workers this plan wants. Raises ValueError where there can be none."""
     assert plan.parallel is not None
-    devices, heads = visible_devices(plan.parallel.device_names), find_stack(own_network(source)).heads
+    devices, heads = visible_devices(plan.parallel.device_names), Network(own_network(source)).heads
     nodes, endpoint = machines()
     chosen = plan.parallel
     degrees = chosen.degrees(len(devices), heads) if nodes == 1 else (chosen.ulysses_degree, chosen.ring_degree)

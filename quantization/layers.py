@@ -8,7 +8,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ..float8 import FP8
-from ..models import TEXT_ENCODER_KEEPS, find_stack
+from ..models import TEXT_ENCODER_KEEPS, Network
 from ..out_of_memory import is_out_of_memory
 from ..plan import FP8Config
 from .linear import MULTIPLE, QuantizedLinear
@@ -62,28 +62,25 @@ def block_layers(model: nn.Module, config: FP8Config, mode: str) -> dict[str, st
 
     Raises ValueError if the architecture is not known.
     """
-    stack = find_stack(model.diffusion_model)
     layers: dict[str, str] = {}
-    for block in stack.modules:
-        prefix = f"diffusion_model.{block}"
-        for name, layer in model.get_submodule(prefix).named_modules():
+    for block in Network(model.get_submodule("diffusion_model")).blocks:
+        for name, layer in block.module.named_modules():
             if already_quantized(layer):
                 return None
             if quantizable(layer):
-                modulation = stack.is_modulation(name)
+                modulation = block.is_modulation(name)
                 if not modulation or config.modulation:
-                    layers[f"{prefix}.{name}"] = "weight_only" if modulation else mode
+                    layers[f"diffusion_model.{block.path}.{name}"] = "weight_only" if modulation else mode
     return layers
 
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether a model's blocks are quantized already, so that FP8 leaves it as it is."""
     try:
-        stack = find_stack(model.diffusion_model)
+        blocks = Network(model.get_submodule("diffusion_model")).blocks
     except ValueError:
         return False
-    blocks = (model.get_submodule(f"diffusion_model.{block}") for block in stack.modules)
-    return any(already_quantized(layer) for block in blocks for layer in block.modules())
+    return any(already_quantized(layer) for block in blocks for layer in block.module.modules())
 
 
 def text_layers(model: nn.Module) -> dict[str, str] | None:

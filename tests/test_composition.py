@@ -10,10 +10,9 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from loras import with_lora
-from skein import engine
+from skein import engine, live
 from skein.bench.errors import relative_error
 from skein.demo.sampling import conditioning, sample
-from skein.models import call_options
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config
 from skein.quantization.linear import QuantizedLinear
 from skein.report import recent_runs
@@ -38,11 +37,12 @@ def witnessed(model, active):
 
     def look(executor, *args, **kwargs):
         network = executor.class_obj
-        if type(network.double_blocks[0]).__name__ == "OptimizedModule":
+        if live.snapshot()["sampling"]["notes"].get("compile", "").startswith("compiled"):
             active.add("compile")
         if any(isinstance(module, QuantizedLinear) for module in network.modules()):
             active.add("fp8")
-        if "optimized_attention_override" in call_options(args, kwargs):
+        options = next(value for value in (*args, *kwargs.values()) if isinstance(value, dict) and "sigmas" in value)
+        if "optimized_attention_override" in options:
             active.add("attention")
         return executor(*args, **kwargs)
 

@@ -14,9 +14,8 @@ from torch import Tensor
 from .. import devices, engine
 from ..estimate import Load, room_bytes
 from ..files import CONTENTS, Watched, changes
-from ..models import call_input, find_stack
+from ..models import OPTIONS, Network, entry_of, first_tensor
 from ..parallel.mesh import Mesh
-from ..parallel.protocol import OPTIONS
 from ..parallel.recipe import import_patches, inference_type
 from ..patchers import Kept, keep
 from ..plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan
@@ -97,7 +96,7 @@ class Worker:
     def bring(self, latent: Tensor) -> None:
         """Have the model on the device, or as much of it as a call with this latent leaves room for."""
         patcher = self.guider.model_patcher
-        load = Load.of(find_stack(patcher.model.diffusion_model), latent.shape, latent.element_size())
+        load = Load.of(Network(patcher.model.diffusion_model), latent.shape, latent.element_size())
         need = room_bytes(load, self.plan, self.mesh.world)
         if self.reserved is not None and need <= self.reserved:
             return
@@ -107,19 +106,18 @@ class Worker:
             self.run.callback(patcher.cleanup)
         self.reserved = need
 
-    def call(self, args: list, kwargs: dict, options: dict) -> Tensor:
-        """One call of the diffusion model. OPTIONS among the arguments stands for the transformer_options."""
-        self.bring(call_input(tuple(args), kwargs))
-        options = {**self.guider.model_options["transformer_options"], **options}
+    def call(self, arguments: dict, options: dict) -> Tensor:
+        """One call of the diffusion model. arguments: by name, without the transformer_options."""
+        self.bring(first_tensor(arguments.values()))
+        options = {**self.guider.model_options[OPTIONS], **options}
         if "context_window" in options:
             options["context_window"] = SimpleNamespace(index_list=options["context_window"])
-        own_args = [options if is_options(value) else value for value in args]
-        own_kwargs = {name: options if is_options(value) else value for name, value in kwargs.items()}
         model = self.guider.model_patcher.model
+        network = model.diffusion_model
         run = WrapperExecutor.new_class_executor(
-            lambda: model.diffusion_model(*own_args, **own_kwargs),
+            lambda: getattr(network, entry_of(network))(**arguments, **{OPTIONS: options}),
             model,
-            get_all_wrappers(WrappersMP.APPLY_MODEL, options),  # compiled blocks
+            get_all_wrappers(WrappersMP.APPLY_MODEL, options),  # the run's techniques
         )
         return run.execute()
 
@@ -158,10 +156,6 @@ def require_contents(recipe: dict) -> None:
     what = changes(recipe["files"], CONTENTS)
     if what:
         raise ValueError(f"{what} since ComfyUI loaded it, or is another file on this machine.")
-
-
-def is_options(value: Any) -> bool:
-    return isinstance(value, str) and value == OPTIONS
 
 
 def plan_from(data: dict) -> Plan:

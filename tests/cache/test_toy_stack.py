@@ -9,10 +9,13 @@ import torch
 from skein.cache import CacheHook, FirstBlockCache
 from skein.cache.prediction import combine, fitted_weights
 from skein.cache.streams import EVALUATION_KEY, Streams
+from skein.models import ModelCall, Network
 from skein.plan import CacheConfig
 from skein.runs import Run
 from skein.stopwatch import Stopwatch
+from small_models import random_hunyuan_video
 
+NETWORK = Network(random_hunyuan_video(depth=2, depth_single_blocks=1).model.diffusion_model)  # for its blocks' names
 TEXT = 2  # text tokens in front of the image tokens in the last, single-stream block
 
 
@@ -34,24 +37,27 @@ class ToyModel:
         options = known | (options or {})
         latent = torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(seed)).repeat(batch, 1, 1, 1)
 
-        def forward(_latent, transformer_options):
-            def add(args):
-                args["img"] += torch.as_tensor(first)
-                return {"img": args["img"], "txt": args["txt"]}
+        def forward(call):
+            def add(values):
+                values["img"] += torch.as_tensor(first)
+                return values
 
-            def double(args):
+            def double(values):
                 self.ran += 1
-                args["img"] *= 2
-                return {key: args[key] for key in ("img", "txt") if key in args}
+                values["x" if "x" in values else "img"].mul_(2)
+                return values
 
-            image, text = torch.ones(batch, 4, 3), torch.zeros(batch, TEXT, 3)
-            common = {"transformer_options": transformer_options}
-            out = self.hook.first_block({"img": image, "txt": text, **common}, add)
-            out = self.hook.middle_block({**out, **common}, double)
+            def run(block, values, own):
+                call.enter(block, values)
+                return self.hook.around_block(call, block, values, own)
+
+            blocks = call.network.blocks
+            out = run(blocks[0], {"img": torch.ones(batch, 4, 3), "txt": torch.zeros(batch, TEXT, 3)}, add)
+            out = run(blocks[1], out, double)
             joined = torch.cat([out["txt"], out["img"]], dim=1)
-            return self.hook.last_block({"img": joined, **common}, double)["img"][:, TEXT:]
+            return run(blocks[2], {"x": joined}, double)["x"][:, TEXT:]
 
-        return self.hook.around_model(forward, latent, options)
+        return self.hook.around_model(ModelCall(NETWORK, {"x": latent, "transformer_options": options}), forward)
 
 
 def toy(**settings):

@@ -19,6 +19,7 @@ from skein import engine
 from skein.bench.errors import relative_error
 from skein.compilation.blocks import CompiledBlocks
 from skein.demo.sampling import sample
+from skein.models import Forward, ModelCall, Network
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig
 from skein.report import recent_runs
 from small_models import random_hunyuan_video
@@ -97,18 +98,28 @@ def test_warming_up_changes_nothing_but_when(tiny_model):
 
     ran = []
     blocks = CompiledBlocks(COMPILED, said.append)
-    keys = [("double_block", 0), ("double_block", 1), ("single_block", 0)]
+    network = Network(random_hunyuan_video(depth_single_blocks=1).model.diffusion_model)
 
-    def model(x, options):
-        for key in keys:
-            args = {"img": x, "txt": x, "pe": None, "transformer_options": dict(options)}
-            block = blocks.around_block(key, torch.nn.Identity())
-            block(args, lambda a, key=key: (ran.append(key), {"img": a["img"]})[1])
+    class Own(Forward):
+        """A block's forward that only notes that it has run."""
+
+        def by(self, _forward, values):
+            ran.append(str(self))
+            return values
+
+        def __str__(self):
+            return self.stack.key
+
+    def run(call):
+        x = torch.ones(1, 2, 3)
+        for block in network.blocks:
+            blocks.around_block(call, block, {block.stack.image: x, "txt": x, "transformer_options": {}}, Own(block))
         return x
 
     for _ in range(2):
-        blocks.around_model(model, torch.ones(1, 2, 3), {"sigmas": torch.ones(1)})
-    assert ran == [keys[0], keys[2]] + keys + keys  # one of each kind, once for this size
+        blocks.around_model(ModelCall(network, {"x": torch.ones(1, 2, 3), "transformer_options": {}}), run)
+    kinds = ["double_block", "double_block", "single_block"]
+    assert ran == kinds[1:] + kinds + kinds  # one of each kind, once for this size
     assert len(said) == 2 and "half a minute" in said[0]
 
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from skein.attention import attention_with_lse
+from skein.models import ModelCall, Network
 from skein.parallel import ring
 from skein.parallel.exchange import BLOCKS
 from skein.parallel.mesh import Mesh
 from skein.parallel.shard import Sharding
+from small_models import random_hunyuan_video
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
@@ -55,7 +57,7 @@ def test_arrangements_are_tried_once_for_a_size_whatever_the_text_and_again_for_
     """A ring runs no 8-bit kernel: here it is the faster of two exact ones, and the slower beside one of 8 bits."""
     ran = []
 
-    def attend_in(self, arrangement, call, attention, q, k, v, mask):
+    def attend_in(self, arrangement, share, attention, q, k, v, mask, text):
         in_a_ring = arrangement.ring_size > 1
         ran.append("ring" if in_a_ring else "Ulysses")
         time.sleep(0.002 if in_a_ring else 0.006 if attention == "exact" else 0.0005)
@@ -63,28 +65,30 @@ def test_arrangements_are_tried_once_for_a_size_whatever_the_text_and_again_for_
 
     monkeypatch.setattr(Sharding, "_attend_in", attend_in)
     monkeypatch.setattr("skein.parallel.mesh.TRIAL_SECONDS", 0.02)
-    sharding, chosen = Sharding(mesh, 4), []
+    sharding, chosen = Sharding(mesh), []
+    network = Network(random_hunyuan_video().model.diffusion_model)
+    call = ModelCall(network, {})
 
-    def call(text, attention):
+    def attentions(text, attention):
         """How many attentions a call runs, and how its own runs."""
         ran.clear()
         tokens = text + 6
         q = torch.zeros(1, 4, tokens, 8)
-        args = {
+        values = {
             "img": torch.zeros(1, 12, 32),
             "txt": torch.zeros(1, text, 32),
             "pe": torch.zeros(1, 1, text + 12, 4, 2, 2),
         }
 
-        def block(args):
+        def run(values):
             sharding.around(attention, attention == "exact")(q, q, q, None)
-            return args
+            return values
 
-        sharding.first_block(args, block)
+        sharding.around_block(call, network.blocks[0], values, run)
         chosen.append(ran[-1])
         return len(ran)
 
-    assert call(7, "exact") > 1 and call(7, "exact") == 1
-    assert call(9, "exact") == 1 and call(256, "exact") == 1  # other prompts
-    assert call(9, "8-bit") > 1 and call(7, "8-bit") == 1 and call(7, "exact") == 1
+    assert attentions(7, "exact") > 1 and attentions(7, "exact") == 1
+    assert attentions(9, "exact") == 1 and attentions(256, "exact") == 1  # other prompts
+    assert attentions(9, "8-bit") > 1 and attentions(7, "8-bit") == 1 and attentions(7, "exact") == 1
     assert chosen == ["ring"] * 4 + ["Ulysses"] * 2 + ["ring"]

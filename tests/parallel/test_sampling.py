@@ -285,10 +285,10 @@ def test_a_guider_with_a_second_model_is_refused(models):
     model, second = models(2).clone(), models(3)
 
     def call_second(executor, *args, **kwargs):
-        executor.class_obj = second.model.diffusion_model
+        executor.class_obj = second.model
         return executor(*args, **kwargs)
 
-    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "second", call_second)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "second", call_second)
     for plan in (dict(parallel=ParallelConfig("cpu,cpu")), dict(compile=CompileConfig())):
         with pytest.raises(ValueError, match="a guider has two models"):
             sample(engine.edit(model, **plan), text(7), **SMALL)

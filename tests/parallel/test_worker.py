@@ -11,7 +11,6 @@ import vaes
 from checkpoints import random_model
 from skein.cache.first_block import FirstBlockCache
 from skein.parallel.mesh import Mesh
-from skein.parallel.protocol import OPTIONS
 from skein.parallel.recipe import recipe_of
 from skein.plan import CacheConfig, ParallelConfig, Plan
 from skein.worker.worker import Worker
@@ -36,8 +35,14 @@ def interrupted(worker):
     sigmas = torch.tensor([1.0, 0.5, 0.0])
     options = {"cond_or_uncond": [0], "uuids": ["a"], "sigmas": sigmas[:1], "sample_sigmas": sigmas}
     x, context, y = torch.randn(1, 16, 3, 8, 6), torch.randn(1, 7, 64), torch.randn(1, 768)
-    kwargs = {"guidance": torch.tensor([6.0]), "transformer_options": OPTIONS}
-    worker.call([x, torch.tensor([1000.0]), context, y], kwargs, options)
+    arguments = {
+        "x": x,
+        "timestep": torch.tensor([1000.0]),
+        "context": context,
+        "y": y,
+        "guidance": torch.tensor([6.0]),
+    }
+    worker.call(arguments, options)
     return holding()
 
 

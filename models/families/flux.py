@@ -1,0 +1,35 @@
+"""FLUX's blocks: text and image apart, then in one sequence.
+
+HunyuanVideo, SkyReels, HunyuanVideo 1.5 (text and image apart in all blocks) and HunyuanImage 2.1 have them, one class
+in ComfyUI; FLUX.1, Kontext, FLUX.2 and Klein, another; and Chroma.
+"""
+
+from ..architecture import Architecture, PerToken, Stack
+
+DOUBLE = Stack(
+    "double_blocks",
+    key="double_block",
+    image="img",
+    text="txt",
+    returns=("img", "txt"),
+    order="text image",
+    tokens=(PerToken("pe", "sequence", 2), PerToken("modulation_dims_img", "ranges")),
+    rope="pe",
+    modulation=("img_mod", "txt_mod"),
+)
+SINGLE = Stack(
+    "single_blocks",
+    key="single_block",
+    image="x",
+    returns=("x",),
+    order="text image",
+    tokens=(PerToken("pe", "sequence", 2), PerToken("modulation_dims", "ranges")),
+    rope="pe",
+    modulation=("modulation",),
+)
+HUNYUAN_VIDEO = Architecture(
+    networks=("comfy.ldm.hunyuan_video.model.HunyuanVideo",),
+    stacks=(DOUBLE, SINGLE),
+    patch=("patch_size",),
+    padding="any",
+)
