@@ -6,8 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import comfy.ldm.hunyuan3d.model
 import comfy.ldm.hunyuan_video.model
-import comfy.ldm.wan.model
 import comfy.sd
 import pytest
 import torch
@@ -50,10 +50,10 @@ def random_hunyuan_video(dtype: torch.dtype | None = None, **changes):
         return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": dtype} if dtype else {})
 
 
-def save_random_wan(path: Path) -> None:
-    """A model that Skein has no technique for."""
-    network = comfy.ldm.wan.model.WanModel(
-        dim=128, ffn_dim=128, num_heads=1, num_layers=2, text_dim=4096, freq_dim=256, in_dim=16, out_dim=16,
+def save_random_hunyuan3d(path: Path) -> None:
+    """A model that Skein does not know."""
+    network = comfy.ldm.hunyuan3d.model.Hunyuan3Dv2(
+        context_in_dim=64, hidden_size=256, depth=2, depth_single_blocks=2,
         device="cpu", dtype=torch.float32, operations=torch.nn,
     )  # fmt: skip
     save_file(network.state_dict(), str(path))

@@ -12,7 +12,7 @@ from skein import engine
 from skein.demo.sampling import conditioning, sample
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan
 from skein.report import recent_runs
-from small_models import random_hunyuan_video, save_random_wan
+from small_models import random_hunyuan_video, save_random_hunyuan3d
 
 SMALL = dict(shape=(1, 16, 3, 8, 8), steps=6)
 REUSING = CacheConfig(threshold=0.9)  # on random weights: the second call is computed, most later ones are not
@@ -88,11 +88,11 @@ ONE_OF_EACH = {
 @pytest.mark.parametrize("technique", ONE_OF_EACH)
 def test_a_model_of_another_architecture_is_refused_by_the_node(technique):
     with tempfile.TemporaryDirectory() as folder:
-        save_random_wan(Path(folder) / "wan.safetensors")
-        wan = comfy.sd.load_diffusion_model(str(Path(folder) / "wan.safetensors"))
-    with pytest.raises(ValueError, match="does not know the blocks of WanModel"):
-        engine.edit(wan, **{technique: ONE_OF_EACH[technique]})
-    engine.edit(wan, cache=CacheConfig(threshold=0))  # asks for nothing
+        save_random_hunyuan3d(Path(folder) / "shape.safetensors")
+        model = comfy.sd.load_diffusion_model(str(Path(folder) / "shape.safetensors"))
+    with pytest.raises(ValueError, match="does not know the blocks of Hunyuan3Dv2"):
+        engine.edit(model, **{technique: ONE_OF_EACH[technique]})
+    engine.edit(model, cache=CacheConfig(threshold=0))  # asks for nothing
 
 
 @pytest.mark.parametrize("technique", ["cache", "parallel"])

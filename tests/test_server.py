@@ -10,7 +10,7 @@ from skein.demo import MODEL_NAME
 from skein.demo.run import node_id, without_cache
 from skein.demo.server import PromptError
 from skein.demo.video import read_frames
-from small_models import save_random_wan
+from small_models import save_random_hunyuan3d
 
 
 def test_the_pack_is_loaded_and_the_checkpoint_is_listed(server):
@@ -74,8 +74,8 @@ def unknown_words(graph, _folder):
 
 
 def other_architecture(graph, folder):
-    save_random_wan(folder / "wan.safetensors")
-    graph[node_id(graph, LOADER)]["inputs"]["unet_name"] = "wan.safetensors"
+    save_random_hunyuan3d(folder / "shape.safetensors")
+    graph[node_id(graph, LOADER)]["inputs"]["unet_name"] = "shape.safetensors"
 
 
 def corrupt_checkpoint(graph, folder):
@@ -90,7 +90,7 @@ def corrupt_checkpoint(graph, folder):
         (change(CACHE, start_percent=0.7, end_percent=0.2), "swap the two"),
         (change(CACHE, residual_diff_threshold=7.0), "value_bigger_than_max"),
         (change(LOADER, unet_name="absent.safetensors"), "value_not_in_list"),
-        (other_architecture, "does not know the blocks of WanModel"),
+        (other_architecture, "does not know the blocks of Hunyuan3Dv2"),
         (corrupt_checkpoint, "header"),
     ],
     ids=lambda value: getattr(value, "__name__", None),

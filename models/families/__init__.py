@@ -1,6 +1,31 @@
 """One page a family of models. A new family is a page here and its name in FAMILIES."""
 
 from ..architecture import Architecture
-from .flux import HUNYUAN_VIDEO
+from .cogvideox import COGVIDEOX
+from .flux import FLUX, HUNYUAN_VIDEO
+from .hidream import HIDREAM
+from .ltx import LTX2, LTXV
+from .lumina import LUMINA
+from .mochi import MOCHI
+from .others import OTHERS
+from .qwen_image import QWEN_IMAGE
+from .sd3 import SD3
+from .wan import ALL_FRAMES, CAUSAL, VACE, WAN
 
-FAMILIES: tuple[Architecture, ...] = (HUNYUAN_VIDEO,)
+FAMILIES: tuple[Architecture, ...] = (
+    HUNYUAN_VIDEO,
+    FLUX,
+    SD3,
+    MOCHI,
+    COGVIDEOX,
+    WAN,
+    VACE,
+    ALL_FRAMES,
+    CAUSAL,
+    QWEN_IMAGE,
+    LTXV,
+    LTX2,
+    LUMINA,
+    HIDREAM,
+    *OTHERS,
+)

@@ -33,3 +33,7 @@ HUNYUAN_VIDEO = Architecture(
     patch=("patch_size",),
     padding="any",
 )
+FLUX = Architecture(
+    networks=("comfy.ldm.flux.model.Flux", "comfy.ldm.chroma.model.Chroma"),
+    stacks=(DOUBLE, SINGLE),
+)

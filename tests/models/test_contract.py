@@ -1,0 +1,124 @@
+"""What holds for each architecture that has a page in models/families: on a tiny random model of ComfyUI's own class,
+through ComfyUI's sampler. Sharing over ranks is in test_ranks.py.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from skein import engine, live
+from skein.bench.errors import relative_error
+from skein.compilation.blocks import compile_settings
+from skein.models import Network, Seam
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig
+from skein.report import recent_runs
+from tiny_models import CASES, sample
+
+PLANS = {
+    "cache": CacheConfig(threshold=1e-9, order=0),
+    "attention": AttentionConfig(),
+    "fp8": FP8Config(),
+    "compile": CompileConfig(),
+    "parallel": ParallelConfig("cpu,cpu"),
+}
+BOUNDS = {"cache": 0.0, "attention": 1e-5, "fp8": 0.2, "compile": 1e-5}
+NOT_QUANTIZED = ("OmniGen 2", "Boogu")  # no layer of theirs has sides that are multiples of 16, nor has the real one
+
+
+@pytest.fixture(scope="module", params=CASES)
+def model(request):
+    case = CASES[request.param]
+    patcher = case.patcher()
+    return SimpleNamespace(name=request.param, case=case, patcher=patcher, stock=sample(case, patcher))
+
+
+@pytest.fixture(autouse=True)
+def _traced_only(monkeypatch):
+    """PyTorch traces whole graphs, and makes no code of them, which takes a minute a model and is tested elsewhere."""
+    monkeypatch.setattr(
+        "skein.compilation.blocks.compile_settings", lambda config: {**compile_settings(config), "backend": "eager"}
+    )
+    torch._dynamo.reset()
+
+
+def refused(model, technique):
+    return technique in Network(model.patcher.model.diffusion_model).architecture.refuses
+
+
+def test_wrappers_that_do_nothing_change_nothing_and_find_the_image(model):
+    network, seam = Network(model.patcher.model.diffusion_model), Seam()
+    calls, seen = [], []
+    seam.models.append(lambda call, run: (calls.append(call), run(call))[1])
+
+    def around_block(call, block, values, run):
+        before = call.image(block, values).shape
+        out = run(values)
+        seen.append((block.index, before == call.image(block, out).shape, before[1]))
+        return out
+
+    seam.blocks.append(around_block)
+
+    def around(executor, *args, **kwargs):
+        with seam.on(executor.class_obj.diffusion_model):
+            return executor(*args, **kwargs)
+
+    patcher = model.patcher.clone()
+    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", around)
+    assert torch.equal(sample(model.case, patcher), model.stock)
+    in_stacks = [each for each in seen if each[0] < len(network.blocks)]
+    assert len(calls) == 2 and len(in_stacks) >= 2 * len(network.blocks) and all(same for _, same, _ in seen)
+    if not network.architecture.whole and not model.case.extra.get("reference_latents") and not model.case.audio:
+        assert {tokens for *_, tokens in seen} == {network.tokens(model.case.latent)}
+    assert not any("forward" in vars(module) or "_forward" in vars(module) for module in network.module.modules())
+
+
+def test_width_and_heads_are_those_of_the_blocks(model):
+    network = Network(model.patcher.model.diffusion_model)
+    assert network.width % network.heads == 0 and network.width >= 128
+    assert any(network.width in weight.shape for weight in network.blocks[0].module.parameters())
+
+
+@pytest.mark.parametrize("technique", ["cache", "attention", "compile", "fp8"])
+def test_each_technique_is_within_its_bound_and_leaves_nothing(model, technique):
+    if refused(model, technique):
+        with pytest.raises(ValueError, match=f"cannot work with {type(model.patcher.model.diffusion_model).__name__}"):
+            engine.edit(model.patcher, **{technique: PLANS[technique]})
+        return
+    out = sample(model.case, engine.edit(model.patcher, **{technique: PLANS[technique]}))
+    error, said = relative_error(out, model.stock), live.snapshot()["sampling"]["notes"].get(technique, "")
+    print(f"{model.name}, {technique}: {error:.1e} ({said})")
+    assert error <= BOUNDS[technique]
+    assert "uncompiled" not in said and "does not ask for another one" not in said
+    if technique == "fp8" and model.name not in NOT_QUANTIZED:
+        assert error > 1e-4
+    assert torch.equal(sample(model.case, model.patcher), model.stock)
+
+
+def test_a_reused_call_is_what_a_computed_one_would_be(model):
+    """The same call three times, as no sampler makes them: with nothing to predict, a hit gives the same output."""
+    outputs = []
+
+    def again(denoise, x, sigmas, extra_args=None, **_):
+        sigma = sigmas[1] * x.new_ones([x.shape[0]])
+        outputs.extend(denoise(x, sigma, **(extra_args or {})) for _ in range(3))
+        return outputs[-1]
+
+    sample(model.case, engine.edit(model.patcher, cache=CacheConfig(threshold=0.5, order=0)), sampler=again)
+    assert [call.reused for call in recent_runs()[-1].calls] == [False, True, True]
+    assert relative_error(outputs[2], outputs[0]) < 1e-6
+
+
+def test_everything_together(model):
+    names = [name for name in ("cache", "attention", "fp8", "compile") if not refused(model, name)]
+    plan = {name: PLANS[name] for name in names} | {"cache": CacheConfig(threshold=0.9, order=0)}
+    out = sample(model.case, engine.edit(model.patcher, **plan), steps=4, cfg=3.0)
+    assert torch.isfinite(out).all() and recent_runs()[-1].reused > 0
+    assert relative_error(out, sample(model.case, model.patcher, steps=4, cfg=3.0)) < 1.0
+
+
+def test_what_cannot_be_shared_is_refused(model):
+    if not refused(model, "parallel"):
+        pytest.skip("shared: see test_ranks.py")
+    with pytest.raises(ValueError, match="Context Parallel cannot work with"):
+        engine.edit(model.patcher, parallel=PLANS["parallel"])

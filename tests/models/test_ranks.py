@@ -1,0 +1,35 @@
+"""Each architecture over real processes (sharing.py): equal to one process, with the same decisions of the cache."""
+
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from skein.models.families import FAMILIES
+from tiny_models import CASES
+
+SCRIPT = Path(__file__).parent / "sharing.py"
+NOT_SHARED = ("LTX-2", "PixArt Sigma", "Ernie Image")
+
+
+@pytest.mark.parametrize(("world", "degrees"), [(2, "2,1"), (3, "1,3")], ids=["Ulysses", "ring"])
+def test_a_model_over_several_processes_is_the_same_as_in_one(world, degrees):
+    done = run_ranks(SCRIPT, world, degrees)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
+    assert {line[0] for line in lines} == set(CASES) - set(NOT_SHARED)
+    reused = 0
+    for name, technique, exchanged, error, same, hits in lines:
+        assert float(error) < 3e-6 and same == "True" and exchanged == "True", (name, technique)
+        reused += int(hits)
+    assert reused > len(CASES)
+
+
+def test_each_page_has_a_case_or_a_reason():
+    """Families that are not tried: they want inputs that only their own nodes make."""
+    untried = {"CausalWanModel", "WanModel_S2V", "HumoWanModel", "AnimateWanModel", "WanDancerModel"}
+    tried = {type(case.patcher().model.diffusion_model).__mro__ for case in CASES.values()}
+    names = {f"{kind.__module__}.{kind.__qualname__}" for mro in tried for kind in mro}
+    for architecture in FAMILIES:
+        missing = {name for name in architecture.networks if name not in names}
+        assert {name.rpartition(".")[2] for name in missing} <= untried, architecture
