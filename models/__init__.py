@@ -2,12 +2,14 @@
 
 from .architecture import Architecture, PerToken, Stack
 from .call import OPTIONS, OVERRIDE, WARM_UP_KEY, ModelCall, Options, Values, first_tensor, pass_by, streams
+from .families import KNOWN_MODELS
 from .network import Block, BlockKey, Network
 from .seam import Forward, RunBlock, RunModel, Seam, entry_of
 from .share import share
 from .text_encoders import TEXT_ENCODER_KEEPS
 
 __all__ = [
+    "KNOWN_MODELS",
     "OPTIONS",
     "OVERRIDE",
     "TEXT_ENCODER_KEEPS",

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .. import engine
+from ..models import KNOWN_MODELS
 from ..plan import KERNELS, AttentionConfig
 
 DEFAULTS = AttentionConfig()
@@ -21,7 +22,7 @@ class AttentionNode(io.ComfyNode):
                 "attention mask is needed. The node shows which kernel runs and why."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A HunyuanVideo model."),
+                io.Model.Input("model", tooltip=KNOWN_MODELS + "."),
                 io.Combo.Input(
                     "kernel",
                     options=list(KERNELS),

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .. import engine
+from ..models import KNOWN_MODELS
 from ..plan import PREDICTORS, CacheConfig
 
 DEFAULTS = CacheConfig()
@@ -24,7 +25,7 @@ class FirstBlockCacheNode(io.ComfyNode):
                 "sampler. Needs memory for three hidden states (2.2 GB at 720p x 129 frames; one with predict_order 0)."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A HunyuanVideo model."),
+                io.Model.Input("model", tooltip=KNOWN_MODELS + "."),
                 io.Float.Input(
                     "residual_diff_threshold",
                     default=DEFAULTS.threshold,

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .. import engine
+from ..models import KNOWN_MODELS
 from ..plan import COMPILE_MODES, DYNAMIC_SHAPES, CompileConfig
 
 DEFAULTS = CompileConfig()
@@ -21,7 +22,7 @@ class CompileNode(io.ComfyNode):
                 "minute longer; later ones, also with other prompts and LoRA strengths, start at once."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A HunyuanVideo model."),
+                io.Model.Input("model", tooltip=KNOWN_MODELS + "."),
                 io.Combo.Input(
                     "mode",
                     options=list(COMPILE_MODES),

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .. import engine
+from ..models import KNOWN_MODELS
 from ..plan import FP8_MODES, FP8Config
 from ..quantization import quantize_text_encoder
 
@@ -23,7 +24,7 @@ class FP8QuantizeNode(io.ComfyNode):
                 "node stands. Works with every sampler; connect it between the loader and the sampler."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A HunyuanVideo model in 16 bits; one in scaled FP8 is left as it is."),
+                io.Model.Input("model", tooltip=f"{KNOWN_MODELS}, in 16 bits; one in scaled FP8 is left as it is."),
                 io.Combo.Input(
                     "mode",
                     options=list(FP8_MODES),

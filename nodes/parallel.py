@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .. import engine
+from ..models import KNOWN_MODELS
 from ..parallel import release
 from ..plan import ParallelConfig
 
@@ -22,7 +23,7 @@ class ContextParallelNode(io.ComfyNode):
                 "every sampler, with previews and interrupts; connect it between the loader and the sampler."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A HunyuanVideo model from Load Diffusion Model or Load Checkpoint."),
+                io.Model.Input("model", tooltip=f"{KNOWN_MODELS}, from Load Diffusion Model or Load Checkpoint."),
                 io.String.Input(
                     "devices",
                     default=DEFAULTS.devices,

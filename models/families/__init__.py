@@ -12,6 +12,9 @@ from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
 from .wan import ALL_FRAMES, CAUSAL, VACE, WAN
 
+# For what users read.
+KNOWN_MODELS = "HunyuanVideo, FLUX, Wan, SD3, Qwen-Image or another diffusion transformer that Skein knows"
+
 FAMILIES: tuple[Architecture, ...] = (
     HUNYUAN_VIDEO,
     FLUX,

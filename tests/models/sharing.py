@@ -34,7 +34,7 @@ def run(case: Case, plan: Plan, mesh: Mesh | None) -> tuple[torch.Tensor, list[b
     guider = SimpleNamespace(model_patcher=patcher, model_options=patcher.model_options)
     with engine.applied(plan, guider, mesh):
         patcher.model_options = guider.model_options
-        latent = sample(case, patcher, steps=6 if plan.cache else 2, cfg=3.0)
+        latent = sample(case, patcher, steps=4, cfg=3.0, near=plan.cache is not None)
     return latent, [call.reused for call in recent_runs()[-1].calls] if plan.cache else []
 
 

@@ -112,9 +112,10 @@ def test_a_reused_call_is_what_a_computed_one_would_be(model):
 def test_everything_together(model):
     names = [name for name in ("cache", "attention", "fp8", "compile") if not refused(model, name)]
     plan = {name: PLANS[name] for name in names} | {"cache": CacheConfig(threshold=0.9, order=0)}
-    out = sample(model.case, engine.edit(model.patcher, **plan), steps=4, cfg=3.0)
-    assert torch.isfinite(out).all() and recent_runs()[-1].reused > 0
-    assert relative_error(out, sample(model.case, model.patcher, steps=4, cfg=3.0)) < 1.0
+    out = sample(model.case, engine.edit(model.patcher, **plan), steps=4, cfg=3.0, near=True)
+    error = relative_error(out, sample(model.case, model.patcher, steps=4, cfg=3.0, near=True))
+    print(f"{model.name}: {recent_runs()[-1].reused} calls reused, error {error:.2f}")
+    assert error < 0.5 and recent_runs()[-1].reused > 0
 
 
 def test_what_cannot_be_shared_is_refused(model):

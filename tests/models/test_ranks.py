@@ -1,4 +1,6 @@
-"""Each architecture over real processes (sharing.py): equal to one process, with the same decisions of the cache."""
+"""Each architecture over real processes (sharing.py): equal to one process but for rounding, with the same decisions of
+the cache. A token in the wrong place shows as 1e-2.
+"""
 
 from pathlib import Path
 
@@ -20,7 +22,7 @@ def test_a_model_over_several_processes_is_the_same_as_in_one(world, degrees):
     assert {line[0] for line in lines} == set(CASES) - set(NOT_SHARED)
     reused = 0
     for name, technique, exchanged, error, same, hits in lines:
-        assert float(error) < 3e-6 and same == "True" and exchanged == "True", (name, technique)
+        assert float(error) < 1e-5 and same == "True" and exchanged == "True", (name, technique)
         reused += int(hits)
     assert reused > len(CASES)
 

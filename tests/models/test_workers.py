@@ -47,9 +47,9 @@ def test_workers_compute_what_one_process_computes(loaded):
 def test_workers_reuse_the_same_calls(loaded):
     case, model = loaded
     cached = engine.edit(model, cache=CacheConfig(threshold=0.8, order=0))
-    one = sample(case, cached, steps=5, cfg=3.0)
+    one = sample(case, cached, steps=5, cfg=3.0, near=True)
     reused = [call.reused for call in recent_runs()[-1].calls]
-    assert relative_error(sample(case, engine.edit(cached, parallel=TWO), steps=5, cfg=3.0), one) < 3e-6
+    assert relative_error(sample(case, engine.edit(cached, parallel=TWO), steps=5, cfg=3.0, near=True), one) < 3e-6
     assert [call.reused for call in recent_runs()[-1].calls] == reused
 
 
