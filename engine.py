@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("skein")
 
-ATTENTION_PATCHES = ("attn1_patch", "attn1_output_patch")  # told the index of their block: a graph for each block
-
 
 def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
     """A clone of the model whose plan has the given fields replaced, e.g. `edit(model, cache=CacheConfig())`.
@@ -169,13 +167,12 @@ def _computed_here(plan: Plan, guider, seam: Seam, mesh: Mesh | None) -> Iterato
             _several_blocks(guider.model_patcher, "context parallelism")
             seam.blocks.append(sharding.around_block)
             seam.after = sharding.before_after
-        cached = plan.cache if "cache" in plan.techniques else None
         if plan.attention is not None or plan.compile is not None or sharding is not None:
             techniques.enter_context(_attending(plan.attention, guider, seam, sharding))
         if plan.compile is not None:
             techniques.enter_context(_compiling(plan.compile, guider, seam))
-        if cached is not None:
-            techniques.enter_context(_caching(cached, guider, seam, mesh))
+        if plan.cache is not None and "cache" in plan.techniques:
+            techniques.enter_context(_caching(plan.cache, guider, seam, mesh))
         yield
 
 
@@ -255,7 +252,8 @@ def _compiling(config: CompileConfig, guider, seam: Seam) -> Iterator[None]:
 
 def _compile_obstacle(transformer_options: dict) -> str:
     """Why blocks are not compiled, in words; empty if nothing stands in the way."""
-    if any(transformer_options.get("patches", {}).get(name) for name in ATTENTION_PATCHES):
+    patches = transformer_options.get("patches", {})
+    if any(patches[name] for name in patches if name.startswith("attn")):  # told their block's index: a graph for each
         return "another node's attention patch runs inside of the blocks"
     try:
         require_own_folder()

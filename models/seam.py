@@ -57,6 +57,7 @@ class Seam:
                 current.pop()
 
         def around(*args: Any, **kwargs: Any) -> Any:
+            assert len(args) <= len(names)
             arguments = {**dict(zip(names, args)), **kwargs}
             arguments[OPTIONS] = arguments.get(OPTIONS) or {}
             return _inside(self.models, run)(ModelCall(network, arguments))
@@ -71,11 +72,6 @@ class Seam:
                 return own.forward(*args, **kwargs)
             call = current[-1]
             values = own.named(args, kwargs)
-            if block.stack.image not in values:
-                raise ValueError(
-                    f"Skein does not know how {block} of this model is called; remove the node that has replaced it, "
-                    "or the Skein nodes."
-                )
             call.enter(block, values)
             run: RunBlock = own
             for wrapper in reversed(self.blocks):
@@ -107,7 +103,7 @@ class Forward:
     """A block's forward, called with values by name and returning such."""
 
     def __init__(self, block: Block):
-        self.stack = block.stack
+        self.block, self.stack = block, block.stack
         self.names = self.stack.parameters or self._names(block.module)
         self.forward = block.module.forward
         self.positional = 0  # as many as its network calls it with
@@ -129,9 +125,15 @@ class Forward:
         return dict(zip(self.stack.returns, out if len(self.stack.returns) > 1 else (out,)))
 
     def named(self, args: tuple, kwargs: dict) -> Values:
-        """A call's arguments by name."""
+        """A call's arguments by name. Raises ValueError if they are not those of the page."""
         self.positional = len(args)
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+        values = {**dict(zip(self.names, args)), **kwargs}
+        if len(args) > len(self.names) or self.stack.image not in values:
+            raise ValueError(
+                f"Skein does not know how {self.block} of this model is called; remove the node that has replaced it, "
+                "or the Skein nodes."
+            )
+        return values
 
     def returned(self, values: Values) -> Any:
         """What forward returns, from values by name."""

@@ -220,7 +220,7 @@ ERNIE = dict(
 ALL = {"attention_mask": _mask(7, 7)}
 LLAMA = {"conditioning_llama3": lambda generator: torch.randn(1, 3, 5, 40, generator=generator)}
 
-CASES = {
+_ALL_CASES = {
     "HunyuanVideo": Case("HunyuanVideo", HUNYUAN_VIDEO, VIDEO, (7, 64), 768),
     "HunyuanVideo image to video": Case(
         "HunyuanVideo", HUNYUAN_VIDEO, VIDEO, (7, 64), 768, {"guiding_frame_index": 0}
@@ -272,3 +272,6 @@ CASES = {
     "PixArt Sigma": Case("PixArtSigma", PIXART, (1, 4, 64, 64), (7, 48)),
     "Ernie Image": Case("ErnieImage", ERNIE, (1, 128, 6, 5), (7, 48)),
 }  # fmt: skip
+CASES = {
+    name: case for name, case in _ALL_CASES.items() if hasattr(comfy.supported_models, case.model)
+}  # of this ComfyUI

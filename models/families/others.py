@@ -82,7 +82,6 @@ KREA2 = Architecture(
     stacks=(
         Stack(
             "blocks",
-            key="single_block",
             image="x",
             returns=("x",),
             order="text image",

@@ -123,3 +123,16 @@ def test_what_cannot_be_shared_is_refused(model):
         pytest.skip("shared: see test_ranks.py")
     with pytest.raises(ValueError, match="Context Parallel cannot work with"):
         engine.edit(model.patcher, parallel=PLANS["parallel"])
+
+
+def test_a_block_that_is_called_otherwise_gets_a_sentence():
+    """Another pack's block in the model's place, or a ComfyUI that has changed its own."""
+    patcher = CASES["FLUX.1"].patcher().clone()
+
+    class Another(torch.nn.Module):
+        def forward(self, hidden, **rest):
+            return hidden
+
+    patcher.add_object_patch("diffusion_model.single_blocks.0", Another())
+    with pytest.raises(ValueError, match="does not know how single_block 0 of this model is called"):
+        sample(CASES["FLUX.1"], engine.edit(patcher, cache=PLANS["cache"]))
