@@ -107,7 +107,8 @@ def _outer_sample(executor, *args, **kwargs):
 def _warn_of_memory(plan: Plan, patcher: "ModelPatcher", latent: tuple[int, ...]) -> None:
     """Say beforehand that a size is too large for a GPU. ComfyUI may still find a way, so nothing is refused."""
     device, dtype = patcher.load_device, patcher.model.get_dtype_inference()
-    if device.type != "cuda" or plan == Plan():
+    packed = len(latent) < 4  # several streams of tokens in one, of which the shape says nothing
+    if device.type != "cuda" or not plan.techniques or packed:
         return
     load = Load.of(Network(patcher.model.diffusion_model), latent, dtype.itemsize)
     world = 1 if plan.parallel is None else len(visible_devices(plan.parallel.device_names)) * machines()[0]
@@ -139,7 +140,7 @@ def applied(plan: Plan, guider, mesh: Mesh | None = None) -> Iterator[None]:
             else:
                 techniques.enter_context(_computed_here(plan, guider, seam, mesh))
                 only = "" if plan.compile is None else "Compile Blocks"
-            if seam.models or seam.blocks:
+            if mesh is not None or plan.techniques:  # else the model may be one that Skein does not know
                 _put_on(seam, guider, only)
             yield
     finally:

@@ -92,7 +92,14 @@ def test_a_model_of_another_architecture_is_refused_by_the_node(technique):
         model = comfy.sd.load_diffusion_model(str(Path(folder) / "shape.safetensors"))
     with pytest.raises(ValueError, match="does not know the blocks of Hunyuan3Dv2"):
         engine.edit(model, **{technique: ONE_OF_EACH[technique]})
-    engine.edit(model, cache=CacheConfig(threshold=0))  # asks for nothing
+
+
+def test_a_cache_that_is_off_asks_nothing_of_a_model(tmp_path):
+    save_random_hunyuan3d(tmp_path / "shape.safetensors")
+    model = comfy.sd.load_diffusion_model(str(tmp_path / "shape.safetensors"), model_options={"dtype": torch.float32})
+    arguments = dict(positive=[[torch.randn(1, 7, 64), {}]], negative=[[torch.zeros(1, 7, 64), {}]], shape=(1, 64, 20))
+    stock = sample(model, steps=2, **arguments)
+    assert torch.equal(sample(engine.edit(model, cache=CacheConfig(threshold=0)), steps=2, **arguments), stock)
 
 
 @pytest.mark.parametrize("technique", ["cache", "parallel"])
