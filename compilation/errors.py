@@ -59,7 +59,8 @@ def reason(error: Exception, module: nn.Module, forward: Callable) -> str:
     elif not is_own_method(module, "forward", forward) or any(map(_has_own_forward, list(module.modules())[1:])):
         return FORWARD
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "")
+    errors = (line for line in lines if "error" in line.lower() and "http" not in line)  # not where to read more
+    told = next(errors, lines[0] if lines else "")
     return f"{name}: {told[:200]}" if told else name
 
 

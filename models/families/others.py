@@ -127,7 +127,7 @@ JOYIMAGE = Architecture(
     ),
     width="img_in.out_channels",
     patch=("patch_size",),
-    heads="double_blocks.0.num_attention_heads",
+    heads="double_blocks.0.attn.num_attention_heads",
 )
 LENS = Architecture(
     networks=("comfy.ldm.lens.model.LensTransformer2DModel",),
@@ -144,6 +144,7 @@ LENS = Architecture(
         ),
     ),
     width="inner_dim",
+    patch=(1, 1),
     heads="transformer_blocks.0.attn.heads",
     padding="right",
 )
