@@ -146,7 +146,7 @@ def test_telling_costs_microseconds():
     call = Call(0.5, 0.01, 0.06, True, 1.0)
     started = time.perf_counter()
     for _ in range(1000):
-        live.step(lambda: None)
+        live.step(None, lambda _call: None)
         add(Run(), call, [call])
     assert (time.perf_counter() - started) / 1000 < 1e-3
     run.ended = True
