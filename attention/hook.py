@@ -40,6 +40,7 @@ class AttentionHook:
         self.trim_text = trim_text
         self.around = around
         self._attentions = 0  # that have gone through the operator
+        self._looked: tuple[Tensor | None, bool] = None, False  # a mask, and whether it hides anything
 
     def around_model(self, call: ModelCall, run: RunModel) -> Any:
         """Cuts padded text, and makes this run's kernels the thread's."""
@@ -64,12 +65,25 @@ class AttentionHook:
         if isinstance(values.get(OPTIONS), dict):
             values = {**values, OPTIONS: {**values[OPTIONS], BLOCK_KEY: True}}
         before = self._attentions
-        out = run(values)
+        out = run(self._without_empty_masks(block, values))
         if self._attentions == before and WARM_UP_KEY not in call.options:
             if self.around is not None:
                 raise ValueError(f"Context Parallel cannot share {block}, because {NONE}; remove Context Parallel.")
             self.selection.say(NONE)
         return out
+
+    def _without_empty_masks(self, block: Block, values: Values) -> Values:
+        """Without a mask that hides nothing, which no fast kernel takes. Looked at once for all blocks of a call."""
+        for name in (each.name for each in block.stack.tokens if each.of == "mask"):
+            mask = values.get(name)
+            if not isinstance(mask, Tensor):
+                continue
+            looked = self._looked
+            if looked[0] is not mask:
+                looked = self._looked = mask, bool(mask.any())
+            if not looked[1]:
+                values = {**values, name: None}
+        return values
 
     def put_on(self, options: Options) -> None:
         """Have Skein's attention in a run's options, or a call's: some nodes set theirs again in each step. Always the

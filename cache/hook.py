@@ -25,7 +25,7 @@ class _State:
         self.first, self.last = first, last  # the blocks that decide, and that end what is reused
         self.signature: Tensor | None = None
         self.after_first: Tensor | None = None  # image after the first block; of a computed call
-        self.reused: Tensor | None = None  # image after the last block; of a reused call
+        self.reused: Tensor | None = None  # image after the last block; of a reused call, until it is put in
         self.record: Call | None = None
 
 
@@ -53,10 +53,21 @@ class CacheHook:
             output = run(call)
         finally:
             del self._calls[call]
+        if state.reused is not None:
+            output = self._again(call, state, run)
         if state.record is not None:
             stop(state.record)
             add(self.run, state.record, self.stopwatch.look())
         return output
+
+    def _again(self, call: ModelCall, state: _State, run: RunModel) -> Any:
+        """Computes a call that was to be reused: another pack has left out the last block, which would have put in what
+        is reused."""
+        for stream in state.streams:
+            self.cache.forget(stream)
+        assert state.record is not None
+        state.record.reused = False
+        return run(call)
 
     def _step(self, schedule: Tensor | None, sigma: float) -> int:
         """The step that a call at this sigma belongs to. Reads the schedule once, when the device is idle anyway."""
@@ -106,6 +117,7 @@ class CacheHook:
             out = pass_by(state.last, values)
             # Written over, not added to: what others added between the blocks (ControlNet) is in the residual.
             call.write_image(state.last, out, state.reused)
+            state.reused = None
             return out
         assert state.signature is not None and state.after_first is not None
         out = run(values)

@@ -3,7 +3,7 @@
 from .architecture import Architecture, PerToken, Stack
 from .call import OPTIONS, OVERRIDE, WARM_UP_KEY, ModelCall, Options, Values, first_tensor, pass_by, streams
 from .families import KNOWN_MODELS
-from .network import Block, BlockKey, Network
+from .network import Block, Network
 from .seam import Forward, RunBlock, RunModel, Seam, entry_of
 from .share import share
 from .text_encoders import TEXT_ENCODER_KEEPS
@@ -16,7 +16,6 @@ __all__ = [
     "WARM_UP_KEY",
     "Architecture",
     "Block",
-    "BlockKey",
     "Forward",
     "ModelCall",
     "Network",

@@ -41,7 +41,7 @@ class Stack:
     image: parameter with the image's tokens (B, S, C), alone or in one sequence with the text; or a tuple of several
         streams of tokens.
     text: parameter with the text's tokens, where the block changes them apart from the image.
-    returns: what forward returns, in order, as the parameters whose place it takes.
+    returns: what forward returns, in order, as the parameters whose place it takes; () for the image alone.
     order: of text and image where they are one sequence: "text image", "image text"; "" where they never are.
     tokens: the other parameters with an entry for each token.
     attention: what the block's attentions go over, in the order of their calls: "sequence", "image" or "cross" (from
@@ -63,6 +63,11 @@ class Stack:
     parameters: tuple[str, ...] = ()
     rope: str = ""
     modulation: tuple[str, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What forward returns, as parameters."""
+        return self.returns or (self.image,)
 
 
 @dataclass(frozen=True)

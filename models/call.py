@@ -72,7 +72,7 @@ class ModelCall:
 
 def pass_by(block: Block, values: Values) -> Values:
     """What a block that changes nothing gives back."""
-    return {name: values.get(name) for name in block.stack.returns}
+    return {name: values.get(name) for name in block.stack.outputs}
 
 
 def streams(value: Any) -> list[Tensor]:

@@ -122,7 +122,7 @@ class Forward:
         given = dict(values)
         first = [given.pop(name) for name in self.names[: self.positional]]
         out = forward(*first, **given)
-        return dict(zip(self.stack.returns, out if len(self.stack.returns) > 1 else (out,)))
+        return dict(zip(self.stack.outputs, out if len(self.stack.outputs) > 1 else (out,)))
 
     def named(self, args: tuple, kwargs: dict) -> Values:
         """A call's arguments by name. Raises ValueError if they are not those of the page."""
@@ -137,7 +137,7 @@ class Forward:
 
     def returned(self, values: Values) -> Any:
         """What forward returns, from values by name."""
-        out = tuple(values[name] for name in self.stack.returns)
+        out = tuple(values[name] for name in self.stack.outputs)
         return out if len(out) > 1 else out[0]
 
 

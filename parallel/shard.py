@@ -45,7 +45,7 @@ class Sharding:
         self._block, self._attentions = block, 0
         out = run(share.cut(block, values))
         if block is call.network.blocks[-1] and not architecture.after:
-            whole = self._gathered(share.own_image(block, out[name]))
+            whole = self._gathered(call.image(block, out))
             out = {**out, name: share.put_together(block, out[name], whole)}
         return out
 

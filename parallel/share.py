@@ -52,12 +52,6 @@ class Share:
             return torch.cat((image, rest[:, self.count :]), dim=1)
         return torch.cat((rest[:, : rest.shape[1] - self.count], image), dim=1)
 
-    def own_image(self, block: Block, value: Tensor) -> Tensor:
-        """This rank's tokens (B, s, C) among a block's hidden states."""
-        hidden = streams(value)[0]
-        first = 0 if block.stack.order == "image text" else hidden.shape[1] - self.count
-        return hidden[:, first : first + self.count]
-
     def _own(self, value: Any, which: PerToken, order: str, text: int) -> Any:
         if which.of == "text":
             return value
@@ -93,7 +87,11 @@ class Share:
         """An entry for each of this rank's tokens, of one for all, one a frame or one a token."""
         if value.ndim <= abs(dim) or value.shape[dim] == 1:  # one for all, perhaps without that dimension
             return value
-        repeats = -(-self.image // value.shape[dim])
+        repeats, rest = divmod(self.image, value.shape[dim])
+        if rest:
+            raise ValueError(
+                f"Context Parallel cannot share {self.image} image tokens with {value.shape[dim]} timesteps; remove it."
+            )
         index = torch.arange(self.start, self.start + self.count, device=value.device) // repeats
         return value.index_select(dim, index)
 

@@ -17,6 +17,9 @@ logger = logging.getLogger("skein")
 
 MISSING = "FP8 needs torchao: run `python -m pip install torchao` in ComfyUI's Python environment, then restart it."
 SCALED = "The checkpoint is already quantized; it runs as ComfyUI loads it, without Skein's FP8."
+NONE_FIT = (
+    "No layer of this model's blocks has sizes that FP8 can compute (multiples of 16); it runs as ComfyUI loads it."
+)
 OLD_GPU = "This GPU cannot compute so (FP8 arithmetic needs compute capability 8.9); {} is used instead."
 
 

@@ -10,6 +10,7 @@ from ..patchers import TWIN_KEY, is_loaded, keep
 from ..plan import FP8Config
 from ..report import show
 from .layers import (
+    NONE_FIT,
     OLD_GPU,
     SCALED,
     block_layers,
@@ -25,7 +26,8 @@ logger = logging.getLogger("skein")
 
 @contextmanager
 def quantized(source: ModelPatcher, config: FP8Config) -> Iterator[ModelPatcher]:
-    """The patcher to sample with: one over the FP8 twin, or the source itself if it is quantized already.
+    """The patcher to sample with: one over the FP8 twin, or the source itself if it is quantized already, or has
+    no layer that could be.
 
     Raises ValueError with a sentence if another node's work on the model cannot be kept, or torchao is missing.
     """
@@ -36,7 +38,7 @@ def quantized(source: ModelPatcher, config: FP8Config) -> Iterator[ModelPatcher]
     notes = [OLD_GPU.format(mode)] if mode != config.mode else []
     layers = block_layers(source.model, config, mode)
     if not layers:
-        _say(config, [*notes, SCALED])
+        _say(config, [*notes, SCALED if layers is None else NONE_FIT])
         yield source
         return
     refuse_conflicts(source, layers)

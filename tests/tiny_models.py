@@ -33,6 +33,7 @@ class Case:
     pooled: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
     audio: tuple[int, ...] = ()
+    first_frame: bool = False  # is given: each frame has a timestep of its own
 
     def patcher(self, seed: int = 0) -> ModelPatcher:
         kind = getattr(comfy.supported_models, self.model)(dict(self.config))
@@ -66,12 +67,16 @@ def sample(
     if case.audio:
         latent = NestedTensor((latent, torch.zeros(case.audio)))
     noise = comfy.sample.prepare_noise(latent, 1)
+    mask = None
+    if case.first_frame:
+        mask = torch.ones(1, 1, *case.latent[2:])
+        mask[:, :, 0] = 0
     sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "simple", steps)
     sigmas = torch.linspace(sigmas[0], 0.99 * sigmas[0], steps + 1) if near else sigmas
     with torch.inference_mode():
         out = comfy.sample.sample_custom(
             patcher, noise, cfg, comfy.samplers.KSAMPLER(sampler), sigmas, case.conditioning(),
-            case.conditioning(seed=8), latent, disable_pbar=True, seed=1,
+            case.conditioning(seed=8), latent, noise_mask=mask, disable_pbar=True, seed=1,
         )  # fmt: skip
     return torch.cat([part.flatten() for part in out.unbind()]) if case.audio else out
 
@@ -244,6 +249,9 @@ _ALL_CASES = {
         "WAN21_Vace", WAN | dict(model_type="vace", vace_in_dim=96, vace_layers=2, num_layers=4), VIDEO, (16, 48)
     ),
     "Wan 2.2 5B": Case("WAN22_T2V", WAN | dict(out_dim=48, in_dim=48), (1, 48, 3, 8, 6), (16, 48)),
+    "Wan 2.2 5B image to video": Case(
+        "WAN22_T2V", WAN | dict(out_dim=48, in_dim=48), (1, 48, 3, 8, 6), (16, 48), first_frame=True
+    ),
     "Qwen-Image": Case("QwenImage", QWEN_IMAGE, (1, 16, 1, 12, 10), (7, 48)),
     "Qwen-Image Edit": Case(
         "QwenImage", QWEN_IMAGE, (1, 16, 1, 12, 10), (7, 48),
@@ -275,3 +283,4 @@ _ALL_CASES = {
 CASES = {
     name: case for name, case in _ALL_CASES.items() if hasattr(comfy.supported_models, case.model)
 }  # of this ComfyUI
+NOT_SHARED = [name for name in ("LTX-2", "PixArt Sigma", "Ernie Image") if name in CASES]

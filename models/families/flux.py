@@ -21,7 +21,6 @@ SINGLE = Stack(
     "single_blocks",
     key="single_block",
     image="x",
-    returns=("x",),
     order="text image",
     tokens=(PerToken("pe", "sequence", 2), PerToken("modulation_dims", "ranges")),
     rope="pe",

@@ -19,7 +19,6 @@ HIDREAM = Architecture(
         Stack(
             "single_stream_blocks",
             image="image_tokens",
-            returns=("image_tokens",),
             order="image text",
             tokens=(ROPE,),
             modulation=MODULATION,

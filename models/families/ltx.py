@@ -2,24 +2,22 @@
 
 from ..architecture import Architecture, PerToken, Stack
 
+BLOCK = Stack(
+    "transformer_blocks",
+    key="double_block",
+    image="x",
+    tokens=(
+        PerToken("pe", "image", 1),
+        PerToken("timestep", "frames", 1),
+        PerToken("context", "text", 1),
+        PerToken("attention_mask", "text", 3),
+        PerToken("self_attention_mask", "mask"),
+    ),
+    attention=("image", "cross"),
+)
 LTXV = Architecture(
     networks=("comfy.ldm.lightricks.model.LTXVModel",),
-    stacks=(
-        Stack(
-            "transformer_blocks",
-            key="double_block",
-            image="x",
-            returns=("x",),
-            tokens=(
-                PerToken("pe", "image", 1),
-                PerToken("timestep", "frames", 1),
-                PerToken("context", "text", 1),
-                PerToken("attention_mask", "text", 3),
-                PerToken("self_attention_mask", "mask"),
-            ),
-            attention=("image", "cross"),
-        ),
-    ),
+    stacks=(BLOCK,),
     width="inner_dim",
     heads="num_attention_heads",
     patch=(),
@@ -27,14 +25,7 @@ LTXV = Architecture(
 )
 LTX2 = Architecture(
     networks=("comfy.ldm.lightricks.av_model.LTXAVModel",),
-    stacks=(
-        Stack(
-            "transformer_blocks",
-            key="double_block",
-            image="x",
-            returns=("x",),
-        ),
-    ),
+    stacks=(BLOCK,),  # its x is the video and the audio
     width="inner_dim",
     heads="num_attention_heads",
     patch=(),

@@ -8,7 +8,6 @@ LUMINA = Architecture(
         Stack(
             "layers",
             image="x",
-            returns=("x",),
             order="text image",
             tokens=(PerToken("freqs_cis", "sequence", 1),),
             modulation=("adaLN_modulation",),

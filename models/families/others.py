@@ -8,7 +8,6 @@ KANDINSKY5 = Architecture(
         Stack(
             "visual_transformer_blocks",
             image="visual_embed",
-            returns=("visual_embed",),
             tokens=(PerToken("freqs", "image", 1), PerToken("text_embed", "text", 1)),
             attention=("image", "cross"),
             modulation=("visual_modulation",),
@@ -24,7 +23,6 @@ COSMOS_PREDICT2 = Architecture(  # and Anima
         Stack(
             "blocks",
             image="x_B_T_H_W_D",
-            returns=("x_B_T_H_W_D",),
             tokens=(
                 PerToken("rope_emb_L_1_1_D", "image", 1),
                 PerToken("emb_B_T_D", "frames", 1),
@@ -54,7 +52,6 @@ AURAFLOW = Architecture(
             "single_layers",
             key="single_block",
             image="cx",
-            returns=("cx",),
             order="text image",
             modulation=("modCX",),
         ),
@@ -68,7 +65,6 @@ OMNIGEN2 = Architecture(
         Stack(
             "layers",
             image="hidden_states",
-            returns=("hidden_states",),
             order="text image",
             tokens=(PerToken("image_rotary_emb", "sequence", 1),),
             modulation=("norm1.linear",),
@@ -83,7 +79,6 @@ KREA2 = Architecture(
         Stack(
             "blocks",
             image="x",
-            returns=("x",),
             order="text image",
             tokens=(PerToken("freqs", "sequence", 2),),
             modulation=("mod",),
@@ -100,7 +95,6 @@ IDEOGRAM4 = Architecture(
         Stack(
             "layers",
             image="x",
-            returns=("x",),
             order="text image",
             tokens=(PerToken("freqs_cis", "sequence", 1),),
             modulation=("adaln_modulation",),
@@ -163,7 +157,6 @@ BOOGU = Architecture(
         Stack(
             "single_stream_layers",
             image="hidden_states",
-            returns=("hidden_states",),
             order="text image",
             tokens=(PerToken("image_rotary_emb", "sequence", 1),),
         ),
@@ -177,7 +170,6 @@ PIXART = Architecture(
         Stack(
             "blocks",
             image="x",
-            returns=("x",),
             tokens=(PerToken("y", "text", 1),),
             attention=("image", "cross"),
         ),
@@ -190,7 +182,6 @@ ERNIE = Architecture(
         Stack(
             "layers",
             image="x",
-            returns=("x",),
             order="image text",
             tokens=(PerToken("rotary_pos_emb", "sequence", 1),),
         ),

@@ -7,7 +7,6 @@ BLOCK = Stack(
     "blocks",
     key="double_block",
     image="x",
-    returns=("x",),
     tokens=TOKENS,
     attention=("image", "cross"),
 )

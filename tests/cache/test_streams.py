@@ -256,3 +256,27 @@ def sampled_by(model, function, threshold, shape=(1, 16, 3, 24, 24), steps=16):
         model, comfy.sample.prepare_noise(latent, 1), 1.0, comfy.samplers.KSAMPLER(function), sigmas,
         conditioning(PROMPT), conditioning(""), latent, disable_pbar=True, seed=1,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("ends", ["from the second half on", "never"])
+def test_a_last_block_that_is_left_out_only_later_is_not_missed(demo_model, ends):
+    """Another pack has replaced all blocks, and later leaves out the last one, where a hit would be put in."""
+    model = demo_model.clone()
+    network = model.model.diffusion_model
+    counts = {"double_block": len(network.double_blocks), "single_block": len(network.single_blocks)}
+    last = ("single_block", counts["single_block"] - 1)
+
+    def around(key):
+        def run_block(args, extra):
+            left_out = key == last and ends != "never" and float(args["transformer_options"]["sigmas"][0]) < 0.7
+            return {"img": args["img"]} if left_out else extra["original_block"](args)
+
+        return run_block
+
+    for kind, count in counts.items():
+        for index in range(count):
+            model.set_model_patch_replace(around((kind, index)), "dit", kind, index)
+    stock, cached = run(model), run(model, 0.15)
+    reused = sum(decisions())
+    print(f"{ends}: {reused} reused, error {relative_error(cached, stock):.3f}")
+    assert reused > 0 and relative_error(cached, stock) < 0.1

@@ -13,7 +13,7 @@ from skein.compilation.blocks import compile_settings
 from skein.models import Network, Seam
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig
 from skein.report import recent_runs
-from tiny_models import CASES, sample
+from tiny_models import CASES, NOT_SHARED, sample
 
 PLANS = {
     "cache": CacheConfig(threshold=1e-9, order=0),
@@ -23,6 +23,7 @@ PLANS = {
     "parallel": ParallelConfig("cpu,cpu"),
 }
 BOUNDS = {"cache": 0.0, "attention": 1e-5, "fp8": 0.2, "compile": 1e-5}
+AT_WORK = {"attention": "FlashAttention-2 runs", "compile": "compiled", "fp8": "FP8: "}  # what each says then
 NOT_QUANTIZED = ("OmniGen 2", "Boogu")  # no layer of theirs has sides that are multiples of 16, nor has the real one
 
 
@@ -88,10 +89,15 @@ def test_each_technique_is_within_its_bound_and_leaves_nothing(model, technique)
     out = sample(model.case, engine.edit(model.patcher, **{technique: PLANS[technique]}))
     error, said = relative_error(out, model.stock), live.snapshot()["sampling"]["notes"].get(technique, "")
     print(f"{model.name}, {technique}: {error:.1e} ({said})")
-    assert error <= BOUNDS[technique]
-    assert "uncompiled" not in said and "does not ask for another one" not in said
-    if technique == "fp8" and model.name not in NOT_QUANTIZED:
-        assert error > 1e-4
+    assert error <= BOUNDS[technique] and "does not ask for another one" not in said
+    if technique == "cache":
+        assert [call.reused for call in recent_runs()[-1].calls] == [False, False]
+    elif technique == "fp8" and model.name in NOT_QUANTIZED:
+        assert said.startswith("No layer of this model's blocks")
+    else:
+        assert said.startswith(AT_WORK[technique]), said
+    if technique == "fp8":
+        assert (error > 1e-4) == (model.name not in NOT_QUANTIZED)
     assert torch.equal(sample(model.case, model.patcher), model.stock)
 
 
@@ -118,11 +124,10 @@ def test_everything_together(model):
     assert error < 0.5 and recent_runs()[-1].reused > 0
 
 
-def test_what_cannot_be_shared_is_refused(model):
-    if not refused(model, "parallel"):
-        pytest.skip("shared: see test_ranks.py")
+@pytest.mark.parametrize("name", NOT_SHARED)
+def test_what_cannot_be_shared_is_refused(name):
     with pytest.raises(ValueError, match="Context Parallel cannot work with"):
-        engine.edit(model.patcher, parallel=PLANS["parallel"])
+        engine.edit(CASES[name].patcher(), parallel=PLANS["parallel"])
 
 
 def test_a_block_that_is_called_otherwise_gets_a_sentence():

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from skein import engine
 from skein.bench.errors import relative_error
-from skein.parallel import release
+from skein.parallel import group, release
 from skein.plan import CacheConfig, ParallelConfig
 from skein.report import recent_runs
 from tiny_models import CASES, sample
@@ -42,6 +42,7 @@ def loaded(request, tmp_path):
 def test_workers_compute_what_one_process_computes(loaded):
     case, model = loaded
     assert relative_error(sample(case, engine.edit(model, parallel=TWO)), sample(case, model)) < 3e-6
+    assert group._group.last_run["calls"] == 2
 
 
 def test_workers_reuse_the_same_calls(loaded):
@@ -50,7 +51,8 @@ def test_workers_reuse_the_same_calls(loaded):
     one = sample(case, cached, steps=5, cfg=3.0, near=True)
     reused = [call.reused for call in recent_runs()[-1].calls]
     assert relative_error(sample(case, engine.edit(cached, parallel=TWO), steps=5, cfg=3.0, near=True), one) < 3e-6
-    assert [call.reused for call in recent_runs()[-1].calls] == reused
+    assert group._group.last_run["calls"] >= 5
+    assert [call.reused for call in recent_runs()[-1].calls] == reused and any(reused)
 
 
 def test_the_hollow_model_is_never_sampled_by_itself(loaded):
