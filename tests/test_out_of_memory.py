@@ -90,7 +90,7 @@ def test_a_kernel_is_not_given_up_in_the_run(error):
 @full
 def test_a_full_compiler_is_no_failed_compiler(error, tiny_model, monkeypatch, caplog):
     failure, settings = error(), {"backend": raising(error()), "fullgraph": True, "dynamic": None, "mode": None}
-    monkeypatch.setattr("skein.engine.compile_settings", lambda config: settings)
+    monkeypatch.setattr("skein.compilation.blocks.compile_settings", lambda config: settings)
     torch._dynamo.reset()
     model = engine.edit(tiny_model, compile=CompileConfig(warm_up=False))
     with pytest.raises(type(failure)):
