@@ -30,7 +30,7 @@ from .models import Network, Seam
 from .parallel import Mesh, Sharding, delegated, setting_of, visible_devices
 from .parallel.machines import machines
 from .patchers import PLAIN_KEY, TWIN_KEY, keep, own_network, plain, unload
-from .plan import PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
+from .plan import MODEL_DEFAULT, PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
 from .quantization import is_quantized, quantized, require_float8, require_torchao
 from .report import begin, note, publish, show
 from .runs import Run
@@ -47,7 +47,7 @@ def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
 
     Raises ValueError where it is already known that sampling under these fields would be refused.
     """
-    plan = replace(plan_of(patcher), **changes)
+    plan = _with_threshold(replace(plan_of(patcher), **changes), patcher)
     _require(plan, changes.keys() & set(plan.techniques), patcher)
     files_of(patcher)  # noted while they are what ComfyUI has just loaded
     clone = patcher.clone()
@@ -58,6 +58,14 @@ def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
     if not clone.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).get(PLAN_KEY):
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, PLAN_KEY, _outer_sample)
     return clone
+
+
+def _with_threshold(plan: Plan, patcher: "ModelPatcher") -> Plan:
+    """The plan with the cache's threshold that suits the model, where the user has named none."""
+    if plan.cache is None or plan.cache.threshold != MODEL_DEFAULT:
+        return plan
+    threshold = Network(own_network(patcher)).architecture.threshold
+    return replace(plan, cache=replace(plan.cache, threshold=threshold))
 
 
 def _require(plan: Plan, techniques: Set[str], patcher: "ModelPatcher") -> None:

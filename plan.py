@@ -5,10 +5,10 @@ plan out when sampling starts. So the order of our nodes does not matter, the la
 the same object can be pickled to another process.
 """
 
-import math
 from dataclasses import dataclass, field, fields
 
 PLAN_KEY = "skein"  # the attachment and wrapper key on a ModelPatcher
+MODEL_DEFAULT = -1.0  # as a threshold: the one of the model's architecture
 PREDICTORS = ("fit", "taylor")
 KERNELS = ("auto", "flash3", "flash4", "cudnn", "sage", "flash2", "stock")
 FP8_MODES = ("per_row", "per_tensor", "weight_only")
@@ -22,7 +22,8 @@ DECODE_MODES = ("auto", "whole", "tiled")
 class CacheConfig:
     """Settings of the first-block cache (see cache/first_block.py). Raises ValueError on values out of range.
 
-    threshold: a call is reused while its expected relative error stays below this; 0 switches the cache off.
+    threshold: a call is reused while its expected relative error stays below this; 0 switches the cache off, and
+        MODEL_DEFAULT is replaced by the model's own when the plan is put on it.
     start_percent, end_percent: the part of sampling, 0 to 1, in which calls may be reused.
     warmup_calls: model calls at the start that are always computed.
     max_consecutive_hits: computed call forced after this many reused ones; -1 for no limit.
@@ -33,7 +34,7 @@ class CacheConfig:
     node_id: the node to show the result on; not part of the plan's identity.
     """
 
-    threshold: float = 0.06
+    threshold: float = MODEL_DEFAULT
     start_percent: float = 0.0
     end_percent: float = 1.0
     warmup_calls: int = 0
@@ -45,8 +46,11 @@ class CacheConfig:
     node_id: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.threshold) and 0 <= self.threshold <= 1):
-            raise ValueError(f"The threshold must lie between 0 and 1, not {self.threshold}; 0 switches the cache off.")
+        if self.threshold != MODEL_DEFAULT and not 0 <= self.threshold <= 1:
+            raise ValueError(
+                f"The threshold must lie between 0 and 1, or be -1 for the model's default, not {self.threshold}; "
+                "0 switches the cache off."
+            )
         if not (0 <= self.start_percent <= 1 and 0 <= self.end_percent <= 1):
             raise ValueError("start_percent and end_percent must lie between 0 and 1.")
         if self.start_percent > self.end_percent:

@@ -1,9 +1,11 @@
-"""A whole run of the 13 B model on this GPU: all blocks, 30 steps, stock ComfyUI and Skein in one process.
+"""A whole run on this GPU: all blocks, stock ComfyUI and Skein in one process.
 
-    python3 -m bench.full_run [--width 960 --height 544 --frames 65 --steps 30]
+    python3 -m bench.full_run [--model "FLUX.1 dev"] [--latent 1 16 17 68 120] [--steps 30] [--blocks 2 4]
 
-Weights are random (bench/random_model.py), so times and memory are true and the share of reused calls is that of random
-weights. Prints wall seconds, peak memory and reused calls of each path; ends with one JSON line.
+Weights are random (bench/random_model.py), so times and memory are true and the share of reused calls is that of
+random weights; "half reused" reuses every second call, whatever has changed. No classifier-free guidance. Each path
+samples two steps first, which loads, compiles and quantizes; then the run that is what every later prompt takes. Prints
+wall seconds of both, peak memory and reused calls; ends with one JSON line.
 """
 
 import argparse
@@ -23,35 +25,43 @@ import comfy.model_management  # noqa: E402
 import comfyui_version  # noqa: E402
 import torch  # noqa: E402
 from skein import engine  # noqa: E402
-from skein.bench import random_model as models  # noqa: E402
+from skein.bench.random_model import MODELS, random_model, shortened  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan  # noqa: E402
 from skein.report import recent_runs  # noqa: E402
 
+EVERY_SECOND = CacheConfig(threshold=1.0, max_consecutive_hits=1)
 PATHS = {
     "stock": Plan(),
     "cache": Plan(cache=CacheConfig()),
+    "attention + compile": Plan(attention=AttentionConfig(), compile=CompileConfig()),
+    "attention + compile + fp8": Plan(None, AttentionConfig(), FP8Config(), CompileConfig()),
+    "half reused": Plan(cache=EVERY_SECOND),
+    "half reused + attention + compile": Plan(EVERY_SECOND, AttentionConfig(), None, CompileConfig()),
+    "half reused + attention + compile + fp8": Plan(EVERY_SECOND, AttentionConfig(), FP8Config(), CompileConfig()),
     "cache + attention + compile": Plan(CacheConfig(), AttentionConfig(), None, CompileConfig()),
     "cache + attention + compile + fp8": Plan(CacheConfig(), AttentionConfig(), FP8Config(), CompileConfig()),
     "all, 8-bit attention": Plan(CacheConfig(), AttentionConfig(allow_8bit=True), FP8Config(), CompileConfig()),
 }
 
 
-def measure(name: str, plan: Plan, model, latent: torch.Tensor, steps: int) -> dict:
+def measure(name: str, plan: Plan, model, inputs: dict) -> dict:
     cuda = model.load_device.type == "cuda"
     comfy.model_management.unload_all_models()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    output = sample(engine.edit(model, **vars(plan)), models.conditioning(60), latent=latent, steps=steps)
-    seconds = time.perf_counter() - started
+    planned, seconds = engine.edit(model, **vars(plan)), []
+    for steps in (2, inputs["steps"]):
+        started = time.perf_counter()
+        output = sample(planned, **{**inputs, "steps": steps})
+        seconds.append(time.perf_counter() - started)
     run = recent_runs()[-1] if plan.cache else None
     row = {
-        "path": name, "wall_s": seconds,
+        "path": name, "first_s": seconds[0], "wall_s": seconds[1],
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-        "calls": len(run.calls) if run else steps, "reused": run.reused if run else 0,
+        "calls": len(run.calls) if run else inputs["steps"], "reused": run.reused if run else 0,
         "finite": bool(torch.isfinite(output).all()),
     }  # fmt: skip
     print(row, flush=True)
@@ -60,18 +70,22 @@ def measure(name: str, plan: Plan, model, latent: torch.Tensor, steps: int) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in dict(
-        width=960, height=544, frames=65, steps=30, double=models.DOUBLE, single=models.SINGLE, hidden=models.HIDDEN
-    ).items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--model", default="HunyuanVideo", choices=list(MODELS))
+    parser.add_argument("--blocks", type=int, nargs="*", default=[], help="how many of each stack are built; all")
+    parser.add_argument("--latent", type=int, nargs="*", default=[], help="its shape, B C T H W or B C H W")
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--paths", nargs="*", default=list(PATHS))
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("skein").setLevel(logging.INFO)
+    case = shortened(MODELS[options.model], options.blocks)
+    inputs = {
+        "positive": case.conditioning(0), "negative": case.conditioning(1), "steps": options.steps,
+        "latent": torch.zeros(tuple(options.latent) or case.latent),
+    }  # fmt: skip
     with torch.inference_mode():
-        model = models.random_model(options.double, options.single, options.hidden)
-        latent = torch.zeros(models.latent_shape(options.width, options.height, options.frames))
-        rows = [measure(name, PATHS[name], model, latent, options.steps) for name in options.paths]
+        model = random_model(case)
+        rows = [measure(name, PATHS[name], model, inputs) for name in options.paths]
     print(
         json.dumps({
             "device": device_name(), "comfyui": comfyui_version.__version__, "torch": torch.__version__,

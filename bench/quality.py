@@ -47,8 +47,8 @@ PLANS: dict[str, Plan] = {
         for mode in ("per_row", "per_tensor", "weight_only")
         for modulation in (True, False)
     },
-    "cache 0.06": Plan(attention=EXACT, cache=CacheConfig()),
-    "cache 0.06 + FP8 per_row": Plan(attention=EXACT, cache=CacheConfig(), fp8=FP8Config()),
+    "cache 0.06": Plan(attention=EXACT, cache=CacheConfig(0.06)),
+    "cache 0.06 + FP8 per_row": Plan(attention=EXACT, cache=CacheConfig(0.06), fp8=FP8Config()),
     "all: cache, FP8, 8-bit attention, compile": Plan(
         CacheConfig(), AttentionConfig("flash3", allow_8bit=True), FP8Config(), CompileConfig()
     ),

@@ -1,109 +1,123 @@
-"""A HunyuanVideo of true size with random weights, through ComfyUI's own loader: true times and memory, no pictures.
+"""Models of true size with random weights: true times and memory, no pictures.
 
-Weights are Gaussian with a fixed seed, scaled so that hidden states keep their size; each kind of block is drawn once
-and repeated, which saves host memory and changes no timing.
+Each kind of block is drawn once, which saves host memory and changes no timing. Text is as long as ComfyUI's nodes make
+it for a prompt of a few sentences.
 """
+
+from dataclasses import replace
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-HIDDEN, HEADS, MLP = 3072, 24, 12288
-DOUBLE, SINGLE = 20, 40  # blocks of the 13 B model
+from .cases import Case
+
+HIDDEN = 3072
+DOUBLE, SINGLE = 20, 40  # blocks of HunyuanVideo 13 B
 CONTEXT, VECTOR = 4096, 768
 
-
-def _linear(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-
-def _embedder(name: str, inputs: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    return {**_linear(f"{name}.in_layer", hidden, inputs), **_linear(f"{name}.out_layer", hidden, hidden)}
-
-
-def _stem(hidden: int) -> dict[str, tuple[int, ...]]:
-    shapes = {"img_in.proj.weight": (hidden, 16, 1, 2, 2), "img_in.proj.bias": (hidden,)}
-    shapes |= _embedder("time_in", 256, hidden) | _embedder("vector_in", VECTOR, hidden)
-    shapes |= _embedder("guidance_in", 256, hidden) | _embedder("txt_in.t_embedder", 256, hidden)
-    shapes |= _embedder("txt_in.c_embedder", CONTEXT, hidden) | _linear("txt_in.input_embedder", hidden, CONTEXT)
-    for i in range(2):
-        block = f"txt_in.individual_token_refiner.blocks.{i}"
-        for norm in ("norm1", "norm2"):
-            shapes |= {f"{block}.{norm}.weight": (hidden,), f"{block}.{norm}.bias": (hidden,)}
-        shapes |= _linear(f"{block}.self_attn.qkv", 3 * hidden, hidden) | _linear(f"{block}.mlp.0", 4 * hidden, hidden)
-        shapes |= _linear(f"{block}.self_attn.proj", hidden, hidden) | _linear(f"{block}.mlp.2", hidden, 4 * hidden)
-        shapes |= _linear(f"{block}.adaLN_modulation.1", 2 * hidden, hidden)
-    shapes |= _linear("final_layer.linear", 64, hidden) | _linear("final_layer.adaLN_modulation.1", 2 * hidden, hidden)
-    return shapes
-
-
-def _double_block(hidden: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for stream in ("img", "txt"):
-        shapes |= _linear(f"{stream}_mod.lin", 6 * hidden, hidden)
-        shapes |= _linear(f"{stream}_attn.qkv", 3 * hidden, hidden) | _linear(f"{stream}_attn.proj", hidden, hidden)
-        shapes |= _linear(f"{stream}_mlp.0", 4 * hidden, hidden) | _linear(f"{stream}_mlp.2", hidden, 4 * hidden)
-        shapes |= {f"{stream}_attn.norm.{norm}.weight": (128,) for norm in ("query_norm", "key_norm")}
-    return shapes
-
-
-def _single_block(hidden: int) -> dict[str, tuple[int, ...]]:
-    shapes = _linear("linear1", 7 * hidden, hidden) | _linear("linear2", hidden, 5 * hidden)
-    shapes |= _linear("modulation.lin", 3 * hidden, hidden)
-    return shapes | {f"norm.{norm}.weight": (128,) for norm in ("query_norm", "key_norm")}
-
-
-def _draw(shapes: dict[str, tuple[int, ...]], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for name, shape in shapes.items():
-        if len(shape) == 1:
-            value = torch.full(shape, float("norm" in name and name.endswith("weight")))
-        else:
-            fan_in = torch.Size(shape[1:]).numel()
-            value = torch.randn(shape, generator=generator, device=generator.device) * fan_in**-0.5
-        tensors[name] = value.to("cpu", torch.bfloat16)
-    return tensors
-
-
-def random_state_dict(double: int, single: int, hidden: int = HIDDEN, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A HunyuanVideo checkpoint in ComfyUI's keys, bfloat16 on the CPU. `hidden` is a multiple of 128."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(seed)
-    state = _draw(_stem(hidden), generator)
-    for blocks, count, shapes in (
-        ("double_blocks", double, _double_block(hidden)),
-        ("single_blocks", single, _single_block(hidden)),
-    ):
-        drawn = _draw(shapes, generator)
-        state |= {f"{blocks}.{i}.{name}": value for i in range(count) for name, value in drawn.items()}
-    return state
+FLUX_BLOCKS = {"double_blocks": "depth", "single_blocks": "depth_single_blocks"}
+_HUNYUAN_VIDEO = dict(
+    image_model="hunyuan_video", in_channels=16, out_channels=16, vec_in_dim=VECTOR, context_in_dim=CONTEXT,
+    hidden_size=HIDDEN, mlp_ratio=4.0, num_heads=24, depth=DOUBLE, depth_single_blocks=SINGLE, axes_dim=[16, 56, 56],
+    theta=256, patch_size=[1, 2, 2], qkv_bias=True, guidance_embed=True, byt5=False, meanflow=False,
+    use_cond_type_embedding=False, vision_in_dim=None, meanflow_sum=False,
+)  # fmt: skip
+_FLUX_DEV = dict(
+    image_model="flux", in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096, hidden_size=3072,
+    mlp_ratio=4.0, num_heads=24, depth=19, depth_single_blocks=38, axes_dim=[16, 56, 56], theta=10000, patch_size=2,
+    qkv_bias=True, guidance_embed=True, txt_ids_dims=[], yak_mlp=False, txt_norm=False,
+)  # fmt: skip
+_SD35_LARGE = dict(
+    in_channels=16, patch_size=2, out_channels=16, depth=38, num_blocks=38, input_size=None, adm_in_channels=2048,
+    context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 2432}},
+    num_patches=192 * 192, pos_embed_max_size=192, pos_embed_scaling_factor=None, qk_norm="rms",
+    x_block_self_attn_layers=[],
+)  # fmt: skip
+_WAN_14B = dict(
+    image_model="wan2.1", model_type="t2v", dim=5120, out_dim=16, num_heads=40, ffn_dim=13824, num_layers=40,
+    patch_size=(1, 2, 2), freq_dim=256, window_size=(-1, -1), qk_norm=True, cross_attn_norm=True, eps=1e-6, in_dim=16,
+    text_dim=4096,
+)  # fmt: skip
+_COGVIDEOX_5B = dict(
+    image_model="cogvideox", num_attention_heads=48, attention_head_dim=64, time_embed_dim=512, num_layers=42,
+    in_channels=16, patch_size=2, text_embed_dim=4096, use_learned_positional_embeddings=False,
+    use_rotary_positional_embeddings=True,
+)  # fmt: skip
+_MOCHI = dict(
+    image_model="mochi_preview", depth=48, patch_size=2, num_heads=24, hidden_size_x=3072, hidden_size_y=1536,
+    mlp_ratio_x=4.0, mlp_ratio_y=4.0, learn_sigma=False, in_channels=12, qk_norm=True, qkv_bias=False, out_bias=True,
+    attn_drop=0.0, patch_embed_bias=True, posenc_preserve_area=True, timestep_mlp_bias=True, attend_to_padding=False,
+    timestep_scale=1000.0, use_t5=True, t5_feat_dim=4096, t5_token_length=256, rope_theta=10000.0,
+)  # fmt: skip
+_QWEN_IMAGE = dict(
+    image_model="qwen_image", in_channels=64, num_layers=60, attention_head_dim=128, num_attention_heads=24,
+    joint_attention_dim=3584,
+)  # fmt: skip
+MODELS = {
+    "HunyuanVideo": Case(  # 1280 x 720, 129 frames
+        "HunyuanVideo", _HUNYUAN_VIDEO, (1, 16, 33, 90, 160), (60, CONTEXT), VECTOR, {"guidance": 6.0},
+        blocks=FLUX_BLOCKS,
+    ),
+    "FLUX.1 dev": Case(  # 1024 x 1024
+        "Flux", _FLUX_DEV, (1, 16, 128, 128), (256, 4096), 768, {"guidance": 3.5}, blocks=FLUX_BLOCKS
+    ),
+    "SD3.5 large": Case(  # 1024 x 1024
+        "SD3", _SD35_LARGE, (1, 16, 128, 128), (154, 4096), 2048, blocks={"joint_blocks": "num_blocks"}
+    ),
+    "Wan 2.2 14B": Case(  # 1280 x 720, 81 frames
+        "WAN21_T2V", _WAN_14B, (1, 16, 21, 90, 160), (512, 4096), blocks={"blocks": "num_layers"}
+    ),
+    "CogVideoX 5B": Case(  # 720 x 480, 49 frames
+        "CogVideoX_T2V", _COGVIDEOX_5B, (1, 16, 13, 60, 90), (226, 4096), blocks={"blocks": "num_layers"}
+    ),
+    "Mochi": Case(  # 848 x 480, 163 frames
+        "GenmoMochi", _MOCHI, (1, 12, 28, 60, 106), (256, 4096),
+        extra={"attention_mask": (torch.arange(256) < 60).long()[None]}, blocks={"blocks": "depth"},
+    ),
+    "Qwen-Image": Case(  # 1328 x 1328
+        "QwenImage", _QWEN_IMAGE, (1, 16, 1, 166, 166), (60, 3584), blocks={"transformer_blocks": "num_layers"}
+    ),
+}  # fmt: skip
 
 
-def random_model(double: int = DOUBLE, single: int = SINGLE, hidden: int = HIDDEN):
-    """The model as ComfyUI's loader makes it (a ModelPatcher), bfloat16."""
-    import comfy.sd
+def shortened(case: Case, counts: list[int]) -> Case:
+    """The model with so many blocks of each stack, as many as it has where none are given."""
+    if not counts:
+        return case
+    if len(counts) != len(case.blocks):
+        raise ValueError(f"Give {len(case.blocks)} numbers of blocks, of {', '.join(case.blocks)}; not {len(counts)}.")
+    return replace(case, config={**case.config, **dict(zip(case.blocks.values(), counts))})
 
-    return comfy.sd.load_diffusion_model_state_dict(
-        random_state_dict(double, single, hidden), model_options={"dtype": torch.bfloat16}
-    )
+
+def random_model(case: Case):
+    """A ModelPatcher in bfloat16, for ComfyUI's device."""
+    import comfy.model_management
+
+    return case.patcher(dtype=torch.bfloat16, device=comfy.model_management.get_torch_device())
 
 
 def random_checkpoint(folder: str, double: int = DOUBLE, single: int = SINGLE, hidden: int = HIDDEN) -> str:
-    """The same as a file in a folder; its path. Workers load the model by ComfyUI's loader from there."""
+    """A HunyuanVideo as a file in a folder; its path. Workers load the model by ComfyUI's loader from there.
+
+    hidden: a multiple of 128.
+    """
+    sizes: dict[str, Any] = dict(hidden_size=hidden, num_heads=hidden // 128, depth=double, depth_single_blocks=single)
+    case = replace(MODELS["HunyuanVideo"], config={**_HUNYUAN_VIDEO, **sizes})
+    state = random_model(case).model.diffusion_model.state_dict()
     path = f"{folder}/random.safetensors"
-    save_file({name: value.clone() for name, value in random_state_dict(double, single, hidden).items()}, path)
+    save_file({name: value.clone() for name, value in state.items()}, path)
     return path
 
 
 def latent_shape(width: int, height: int, frames: int) -> tuple[int, int, int, int, int]:
-    """The latent (B, 16, T, H, W) of a video."""
+    """The latent (B, 16, T, H, W) of a video of HunyuanVideo."""
     return 1, 16, (frames - 1) // 4 + 1, height // 8, width // 8
 
 
 def conditioning(tokens: int, seed: int = 0, padded: int = 0) -> list:
-    """Random text conditioning of some tokens, optionally padded to a length with its mask."""
-    generator = torch.Generator().manual_seed(seed)
-    text = torch.randn(1, padded or tokens, CONTEXT, generator=generator)
-    extra: dict = {"pooled_output": torch.randn(1, VECTOR, generator=generator), "guidance": 6.0}
+    """HunyuanVideo's text conditioning of some tokens, optionally padded to a length with its mask."""
+    ((text, extra),) = MODELS["HunyuanVideo"].conditioning(seed, padded or tokens)
     if padded:
         extra["attention_mask"] = (torch.arange(padded) < tokens).long()[None]
     return [[text, extra]]

@@ -77,7 +77,7 @@ def measure(model, name: str, options: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samplers", nargs="*", metavar="NAME", help="all by default")
-    parser.add_argument("--threshold", type=float, default=CacheConfig().threshold)
+    parser.add_argument("--threshold", type=float, default=0.06)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--cfg", type=float, default=1.0)

@@ -25,7 +25,7 @@ class Clock:
         event.record()
         return event
 
-    def seconds(self, first, last) -> float:
+    def between(self, first, last) -> float:
         """Seconds between two points; waits for the second."""
         if not self.cuda:
             return last - first
@@ -39,7 +39,7 @@ def median_seconds(run: Callable[[], object], device: torch.device | str, repeat
     for _ in range(warm_up + repeats):
         first = clock.now()
         run()
-        times.append(clock.seconds(first, clock.now()))
+        times.append(clock.between(first, clock.now()))
     return statistics.median(times[warm_up:])
 
 

@@ -84,6 +84,8 @@ class Architecture:
         it is at the end; "" if the model attends to it.
     whole: text and image are one sequence in all blocks, and no block tells them apart.
     beside: blocks that run between those of the stacks.
+    threshold: of the First-Block Cache where the user names none; a page says where it comes from. The default is that
+        of diffusers' FirstBlockCacheConfig.
     after: path of the module that takes the image after the last block, where the network counts the tokens before.
     refuses: techniques (fields of the plan) that cannot work with these models -> why, as the end of "because ...".
     """
@@ -97,4 +99,5 @@ class Architecture:
     whole: bool = False
     beside: tuple[Stack, ...] = ()
     after: str = ""
+    threshold: float = 0.05
     refuses: Mapping[str, str] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from .. import engine
 from ..models import KNOWN_MODELS
-from ..plan import PREDICTORS, CacheConfig
+from ..plan import MODEL_DEFAULT, PREDICTORS, CacheConfig
 
 DEFAULTS = CacheConfig()
 # Inputs that have another name in CacheConfig.
@@ -30,11 +30,14 @@ class FirstBlockCacheNode(io.ComfyNode):
                     "residual_diff_threshold",
                     default=DEFAULTS.threshold,
                     optional=True,
-                    min=0.0,
+                    min=MODEL_DEFAULT,
                     max=1.0,
                     step=0.005,
                     round=0.0001,
-                    tooltip="Higher is faster and further from the original. 0 switches the cache off.",
+                    tooltip=(
+                        "Higher is faster and further from the original. 0 switches the cache off; -1 takes the model's "
+                        "default (HunyuanVideo 0.06, FLUX 0.08, Wan 0.03)."
+                    ),
                 ),
                 io.Float.Input(
                     "start_percent",

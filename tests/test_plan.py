@@ -11,6 +11,7 @@ from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, P
     [
         (dict(threshold=-0.1), "between 0 and 1"),
         (dict(threshold=1.5), "between 0 and 1"),
+        (dict(threshold=-0.995), "-1 for the model's default"),
         (dict(threshold=float("nan")), "between 0 and 1"),
         (dict(start_percent=-0.1), "between 0 and 1"),
         (dict(end_percent=1.1), "between 0 and 1"),

@@ -2,9 +2,7 @@
 detection would find them, but small. All in float32 on the CPU.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.sample
@@ -14,41 +12,10 @@ import torch
 from comfy.k_diffusion.sampling import sample_euler
 from comfy.model_patcher import ModelPatcher
 from comfy.nested_tensor import NestedTensor
+from skein.bench.cases import Case
 
 IMAGE = (1, 16, 12, 10)
 VIDEO = (1, 16, 3, 8, 6)
-
-
-@dataclass
-class Case:
-    """A model's configuration in comfy.supported_models, and what it is sampled with.
-
-    text: (tokens, channels); pooled: channels of the pooled output; extra: what else goes with the text.
-    """
-
-    model: str
-    config: dict[str, Any]
-    latent: tuple[int, ...]
-    text: tuple[int, int]
-    pooled: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
-    audio: tuple[int, ...] = ()
-    first_frame: bool = False  # is given: each frame has a timestep of its own
-
-    def patcher(self, seed: int = 0) -> ModelPatcher:
-        kind = getattr(comfy.supported_models, self.model)(dict(self.config))
-        kind.unet_config.update(self.config)  # also over what a family has fixed sizes of
-        kind.set_inference_dtype(torch.float32, None)
-        model = kind.get_model({}, "", device="cpu")
-        _fill(model.diffusion_model, torch.Generator().manual_seed(seed))
-        return ModelPatcher(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
-
-    def conditioning(self, seed: int = 3, tokens: int = 0) -> list:
-        generator = torch.Generator().manual_seed(seed)
-        extra = {name: value(generator) if callable(value) else value for name, value in self.extra.items()}
-        if self.pooled:
-            extra["pooled_output"] = torch.randn(1, self.pooled, generator=generator)
-        return [[torch.randn(1, tokens or self.text[0], self.text[1], generator=generator), extra]]
 
 
 def sample(
@@ -79,19 +46,6 @@ def sample(
             case.conditioning(seed=8), latent, noise_mask=mask, disable_pbar=True, seed=1,
         )  # fmt: skip
     return torch.cat([part.flatten() for part in out.unbind()]) if case.audio else out
-
-
-def _fill(network: torch.nn.Module, generator: torch.Generator) -> None:
-    """Random weights that keep activations near 1 through all layers."""
-    for name, parameter in network.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim >= 2:
-            parameter.data = values / math.sqrt(max(parameter[0].numel(), 1))
-        else:
-            parameter.data = values * 0.1 + name.endswith(("weight", "scale"))
-    for name, buffer in network.named_buffers():
-        if name == "pos_embed" or (buffer.is_floating_point() and not torch.isfinite(buffer).all()):
-            buffer.data = torch.randn(buffer.shape, generator=generator) * 0.5
 
 
 def _mask(tokens: int, kept: int) -> torch.Tensor:

@@ -16,4 +16,5 @@ COGVIDEOX = Architecture(
     stacks=(BLOCK,),
     width="dim",
     heads="num_attention_heads",
+    threshold=0.04,  # ParaAttention's default for it
 )

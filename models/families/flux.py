@@ -31,8 +31,10 @@ HUNYUAN_VIDEO = Architecture(
     stacks=(DOUBLE, SINGLE),
     patch=("patch_size",),
     padding="any",
+    threshold=0.06,  # ParaAttention's article on HunyuanVideo
 )
 FLUX = Architecture(
     networks=("comfy.ldm.flux.model.Flux", "comfy.ldm.chroma.model.Chroma"),
     stacks=(DOUBLE, SINGLE),
+    threshold=0.08,  # ParaAttention's article on FLUX.1 dev
 )

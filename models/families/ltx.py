@@ -22,6 +22,7 @@ LTXV = Architecture(
     heads="num_attention_heads",
     patch=(),
     padding="any",
+    threshold=0.1,  # WaveSpeed's workflow for LTX-Video 0.9.1, 30 steps
 )
 LTX2 = Architecture(
     networks=("comfy.ldm.lightricks.av_model.LTXAVModel",),

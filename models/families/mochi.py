@@ -17,4 +17,5 @@ MOCHI = Architecture(
     stacks=(BLOCK,),
     width="hidden_size_x",
     patch=(1, "patch_size", "patch_size"),
+    threshold=0.06,  # ParaAttention's default for it
 )

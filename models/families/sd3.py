@@ -16,4 +16,5 @@ BLOCK = Stack(
 SD3 = Architecture(
     networks=("comfy.ldm.modules.diffusionmodules.mmdit.MMDiT",),
     stacks=(BLOCK,),
+    threshold=0.12,  # WaveSpeed's workflow for SD3.5 large, 30 steps
 )

@@ -19,17 +19,20 @@ VACE_BLOCK = Stack(
     attention=("image", "cross"),
 )
 
+THRESHOLD = 0.03  # ParaAttention's default for Wan 2.1
 WAN = Architecture(
     networks=("comfy.ldm.wan.model.WanModel",),
     stacks=(BLOCK,),
     width="dim",
     patch=("patch_size",),
+    threshold=THRESHOLD,
 )
 VACE = Architecture(
     networks=("comfy.ldm.wan.model.VaceWanModel",),
     stacks=(BLOCK,),
     width="dim",
     patch=("patch_size",),
+    threshold=THRESHOLD,
     beside=(VACE_BLOCK,),
 )
 WHOLE_FRAMES = "between its blocks it works on whole frames"
@@ -43,6 +46,7 @@ ALL_FRAMES = Architecture(
     stacks=(BLOCK,),
     width="dim",
     patch=("patch_size",),
+    threshold=THRESHOLD,
     refuses={"parallel": WHOLE_FRAMES},
 )
 ONE_BY_ONE = "it makes its frames one after another, with a memory of its own"
@@ -51,5 +55,6 @@ CAUSAL = Architecture(
     stacks=(BLOCK,),
     width="dim",
     patch=("patch_size",),
+    threshold=THRESHOLD,
     refuses={technique: ONE_BY_ONE for technique in ("cache", "attention", "compile", "parallel")},
 )

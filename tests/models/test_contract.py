@@ -80,6 +80,13 @@ def test_width_and_heads_are_those_of_the_blocks(model):
     assert any(network.width in weight.shape for weight in network.blocks[0].module.parameters())
 
 
+def test_the_cache_takes_the_models_threshold_unless_one_is_named(model):
+    default = Network(model.patcher.model.diffusion_model).architecture.threshold
+    plans = [engine.plan_of(engine.edit(model.patcher, cache=CacheConfig(*named))) for named in ([], [0.25])]
+    assert [plan.cache.threshold for plan in plans] == [default, 0.25]
+    assert default == {"HunyuanVideo": 0.06, "FLUX.1": 0.08, "CogVideoX": 0.04}.get(model.name, default)
+
+
 @pytest.mark.parametrize("technique", ["cache", "attention", "compile", "fp8"])
 def test_each_technique_is_within_its_bound_and_leaves_nothing(model, technique):
     if refused(model, technique):
