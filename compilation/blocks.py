@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..attention import BLOCK_KEY, ROPE_KEY, enter_block, override
 from ..models import (
@@ -37,6 +36,7 @@ logger = logging.getLogger("skein")
 DYNAMIC = {"auto": None, "on": True, "off": False}
 RECOMPILE_LIMIT = 64  # graphs of one kind of block: sizes x batch sizes x types x FP8 modes, over a session
 
+FUNCTIONS = "weight_function", "bias_function"  # of ComfyUI's layers: what patches them in each call
 PATCHED = (
     "blocks that are not wholly on the GPU run uncompiled, because ComfyUI puts the LoRA on them in each call; FP8 "
     "makes the model smaller and merges the LoRA"
@@ -72,6 +72,7 @@ class CompiledBlocks:
         self.say = say
         self.arguments = compile_settings(config)
         self._compiled: dict[str, Callable] = {}  # path of a block -> its forward, compiled
+        self._layers: dict[str, list[Any]] = {}  # path of a block -> its layers that ComfyUI may patch in each call
         self.failed = False
         self.patched = False  # whether a block has run as PATCHED says
         self._warm: set[tuple] = set()  # input shapes
@@ -109,7 +110,7 @@ class CompiledBlocks:
             if block.kind in warmed:
                 return pass_by(block, values)
             warmed.add(block.kind)
-        if not self.failed and not self._patches_as_it_runs(block.module):
+        if not self.failed and not self._patches_as_it_runs(block):
             enter_block(values.get(OPTIONS) or call.options)
             try:
                 return self._run_compiled(block, values, run)
@@ -119,12 +120,13 @@ class CompiledBlocks:
         with torch.compiler.set_stance("force_eager"):
             return run(values)
 
-    def _patches_as_it_runs(self, module: nn.Module) -> bool:
+    def _patches_as_it_runs(self, block: Block) -> bool:
         """Whether ComfyUI puts a LoRA on layers of a block in each call, because they are not on the device. What it
         does that with is another in each layer and would make another graph of each block."""
-        patches = any(
-            getattr(layer, name, None) for layer in module.modules() for name in ("weight_function", "bias_function")
-        )
+        if block.path not in self._layers:
+            layers = block.module.modules()
+            self._layers[block.path] = [each for each in layers if any(hasattr(each, name) for name in FUNCTIONS)]
+        patches = any(getattr(layer, name, None) for layer in self._layers[block.path] for name in FUNCTIONS)
         if patches and not self.patched:
             self.patched = True
             logger.warning("Skein compile: %s", PATCHED)

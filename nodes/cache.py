@@ -35,8 +35,8 @@ class FirstBlockCacheNode(io.ComfyNode):
                     step=0.005,
                     round=0.0001,
                     tooltip=(
-                        "Higher is faster and further from the original. 0 switches the cache off; -1 takes the model's "
-                        "default (HunyuanVideo 0.06, FLUX 0.08, Wan 0.03)."
+                        "Higher is faster and further from the original. 0 switches the cache off; -1 takes the "
+                        "model's default (HunyuanVideo 0.06, FLUX 0.08, Wan 0.03)."
                     ),
                 ),
                 io.Float.Input(
