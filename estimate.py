@@ -44,7 +44,7 @@ def work_bytes(load: Load, plan: Plan, world: int = 1) -> float:
     state = load.batch * load.width * load.size
     own = load.tokens / world
     blocks = EAGER if plan.compile is None else COMPILED if plan.fp8 is None else COMPILED_FP8
-    kept = KEPT * (plan.cache.order + 1) if plan.cache and plan.cache.threshold > 0 else 0
+    kept = KEPT * (plan.cache.order + 1) if plan.cache and "cache" in plan.techniques else 0
     shared = own * EXCHANGED + load.tokens * WHOLE if world > 1 else 0
     return state * ((own + load.text) * blocks + own * kept + shared) + FIXED
 

@@ -248,7 +248,7 @@ class Plan:
     def techniques(self) -> list[str]:
         """The names of what is asked for; a threshold of 0 asks for no cache."""
         asked = [each.name for each in fields(self) if getattr(self, each.name) is not None]
-        return [name for name in asked if name != "cache" or (self.cache and self.cache.threshold > 0)]
+        return [name for name in asked if name != "cache" or (self.cache and self.cache.threshold != 0)]
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

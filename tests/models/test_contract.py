@@ -2,6 +2,7 @@
 through ComfyUI's sampler. Sharing over ranks is in test_ranks.py.
 """
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, P
 from skein.report import recent_runs
 from tiny_models import CASES, NOT_SHARED, sample
 
+README = Path(__file__).parents[2] / "README.md"
 PLANS = {
     "cache": CacheConfig(threshold=1e-9, order=0),
     "attention": AttentionConfig(),
@@ -78,6 +80,16 @@ def test_width_and_heads_are_those_of_the_blocks(model):
     network = Network(model.patcher.model.diffusion_model)
     assert network.width % network.heads == 0 and network.width >= 128
     assert any(network.width in weight.shape for weight in network.blocks[0].module.parameters())
+
+
+def test_the_table_in_the_readme_is_true(model):
+    """Of what the other tests here and in test_ranks.py show."""
+    rows = [line.strip("| ").split(" | ") for line in README.read_text().splitlines() if line.startswith("| ")]
+    (cells,) = [cells for names, *cells in rows if model.name in names.split(", ")]
+    refuses = Network(model.patcher.model.diffusion_model).architecture.refuses
+    works = {name: name not in refuses for name in ("cache", "attention", "compile", "fp8", "parallel")}
+    works["fp8"] &= model.name not in NOT_QUANTIZED
+    assert cells == ["yes" if each else "no" for each in works.values()]
 
 
 def test_the_cache_takes_the_models_threshold_unless_one_is_named(model):
