@@ -68,8 +68,8 @@ def test_a_decode_goes_on_in_tiles(error, monkeypatch, caplog):
 def test_a_kernel_with_lse_is_not_given_up(error, monkeypatch):
     """It would be for the life of the process."""
     calls, failure = [], error()
-    kernel = Kernel("flash2", "flash2", True, lambda problem: None, plain_attention)
-    monkeypatch.setattr(lse, "KERNELS", [(kernel, raising(failure, calls))])
+    kernel = Kernel("flash2", "flash2", True, lambda problem: None, plain_attention, raising(failure, calls))
+    monkeypatch.setattr(lse, "KERNELS", [kernel])
     monkeypatch.setattr(lse, "_failed", set())
     for _ in range(2):
         with pytest.raises(type(failure)):

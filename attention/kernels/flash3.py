@@ -46,11 +46,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return first(_function()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)))
 
 
-def run_with_lse(q: Tensor, k: Tensor, v: Tensor, spare: int) -> tuple[Tensor, Tensor]:
-    """The output as run gives it, and the log-sum-exp of the scores, (B, H, S) in float32.
-
-    spare: multiprocessors that it leaves to others.
-    """
+def _run_with_lse(q: Tensor, k: Tensor, v: Tensor, spare: int) -> tuple[Tensor, Tensor]:
     inputs = (each.transpose(1, 2) for each in (q, k, v))
     out = _function()(*inputs, sm_margin=spare, return_attn_probs=True)
     return out[0], out[1]
@@ -80,5 +76,5 @@ def quantize_head_plainly(x: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     return to_fp8(moved, scale), scale[:, :, 0, 0]
 
 
-FLASH3 = Kernel("flash3", "FlashAttention-3", True, _obstacle, _run)
+FLASH3 = Kernel("flash3", "FlashAttention-3", True, _obstacle, _run, _run_with_lse)
 FLASH3_FP8 = Kernel("flash3", "FlashAttention-3 in FP8", False, _fp8_obstacle, _run_fp8)

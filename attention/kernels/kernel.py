@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CHUNK = 1 << 26  # scores computed at a time where no kernel does it
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -40,6 +41,8 @@ class Kernel:
     name: as in plan.KERNELS. exact: computes in the type of its inputs, not in 8 bits.
     obstacle: why it cannot run a problem, in words; None if it can.
     run: (B, H, S, D) queries, keys and values, any strides, to a (B, S, H, D) output.
+    run_with_lse: the same with a number of multiprocessors that a kernel which would take all to its end leaves to
+        others; to the output and the log-sum-exp of the scores, (B, H, S) in float32. None if it cannot.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Kernel:
     exact: bool
     obstacle: Callable[[Problem], str | None]
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
+    run_with_lse: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
 
 
 def package_obstacle(module: str, package: str) -> str | None:
@@ -72,6 +76,19 @@ def input_obstacle(problem: Problem, label: str, head_dims: Container[int]) -> s
 def first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
     """The output of a function of the FlashAttention packages: some return the log-sum-exp as well."""
     return out[0] if isinstance(out, tuple) else out
+
+
+def plain_attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What Kernel.run_with_lse gives, computed in float32 and in pieces of the queries, on any device."""
+    keys, values = k.float().transpose(-1, -2), v.float()
+    piece = max(CHUNK // max(q.shape[0] * q.shape[1] * k.shape[2], 1), 1)
+    outs, sums = [], []
+    for part in q.split(piece, dim=2):
+        scores = part.float() @ keys * q.shape[-1] ** -0.5
+        lse = torch.logsumexp(scores, dim=-1)
+        sums.append(lse)
+        outs.append((scores - lse.unsqueeze(-1)).exp() @ values)
+    return torch.cat(outs, dim=2).transpose(1, 2).to(q.dtype), torch.cat(sums, dim=2)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

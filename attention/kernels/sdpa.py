@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .kernel import Kernel, Problem, input_obstacle
+from .kernel import Kernel, Problem, input_obstacle, plain_attention_with_lse
 
 
 def _runner(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -32,11 +32,20 @@ def _flash2_obstacle(problem: Problem) -> str | None:
     return None if problem.device.type == "cpu" else _obstacle(problem, "FlashAttention-2", range(8, 257, 8))
 
 
+def _flash2_with_lse(q: Tensor, k: Tensor, v: Tensor, _spare: int) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu":  # where PyTorch's kernel of that name is another operator
+        return plain_attention_with_lse(q, k, v)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    return out.transpose(1, 2), lse
+
+
 def _cudnn_obstacle(problem: Problem) -> str | None:
     if not torch.backends.cudnn.is_available():
         return "cuDNN attention needs an NVIDIA GPU and a PyTorch with cuDNN"
     return _obstacle(problem, "cuDNN attention", range(8, 129, 8))
 
 
-FLASH2 = Kernel("flash2", "FlashAttention-2", True, _flash2_obstacle, _runner(SDPBackend.FLASH_ATTENTION))
+FLASH2 = Kernel(
+    "flash2", "FlashAttention-2", True, _flash2_obstacle, _runner(SDPBackend.FLASH_ATTENTION), _flash2_with_lse
+)
 CUDNN = Kernel("cudnn", "cuDNN attention", True, _cudnn_obstacle, _runner(SDPBackend.CUDNN_ATTENTION))

@@ -4,14 +4,15 @@ import pytest
 import torch
 from skein.attention import attention_with_lse, lse
 from skein.attention.kernels import Problem
-from skein.attention.kernels.kernel import Kernel, plain_attention
+from skein.attention.kernels.kernel import Kernel, plain_attention, plain_attention_with_lse
 
 INPUTS = [torch.randn(1, 2, n, 64, generator=torch.Generator().manual_seed(n)) for n in (9, 17, 17)]
 
 
 @pytest.fixture
 def tried(monkeypatch):
-    """Two kernels that take anything: what the first raises is in the list's first place, the second runs."""
+    """Kernels that take anything: one that gives no log-sum-exp, one that fails (with what is in the list's first
+    place), and one that runs."""
     calls = [RuntimeError("FlashAttention only supports Ampere GPUs or newer.")]
 
     def first(q, k, v, spare):
@@ -20,11 +21,11 @@ def tried(monkeypatch):
 
     def second(q, k, v, spare):
         calls.append(("second", spare))
-        return lse._plain(q, k, v)
+        return plain_attention_with_lse(q, k, v)
 
     kernels = [
-        (Kernel(name, name, True, lambda problem: None, plain_attention), run)
-        for name, run in (("one", first), ("two", second))
+        Kernel(name, name, True, lambda problem: None, plain_attention, run)
+        for name, run in (("none", None), ("one", first), ("two", second))
     ]
     monkeypatch.setattr(lse, "KERNELS", kernels)
     monkeypatch.setattr(lse, "_failed", set())
@@ -54,6 +55,5 @@ def test_flash_attention_2_is_not_asked_on_gpus_before_ampere(capability, runs, 
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
     monkeypatch.setattr("torch.version.cuda", "13.0")
     problem = Problem(torch.device("cuda", 0), torch.float16, 24, 128, 1000)
-    assert [kernel.label for kernel, _ in lse.KERNELS if kernel.obstacle(problem) is None] == (
-        ["FlashAttention-2"] if runs else []
-    )
+    able = [kernel for kernel in lse.KERNELS if kernel.run_with_lse and kernel.obstacle(problem) is None]
+    assert [kernel.label for kernel in able] == (["FlashAttention-2"] if runs else [])

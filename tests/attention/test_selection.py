@@ -10,6 +10,7 @@ from skein.attention.kernels import KERNELS, Kernel, Problem, plain_attention
 from skein.attention.kernels.kernel import package_obstacle
 from skein.attention.op import active, attention
 from skein.attention.selection import Selection
+from skein.plan import KERNELS as NAMES
 from skein.plan import AttentionConfig
 
 
@@ -125,6 +126,7 @@ def test_the_operator_reads_the_kernel_of_the_moment():
 def test_every_kernel_of_the_pack_says_what_keeps_it_from_a_cpu_or_runs_there():
     q, k, v = inputs()
     problem = Problem.of(q)
+    assert {"auto", "stock", *(kernel.name for kernel in KERNELS)} == set(NAMES)
     obstacles = {kernel.label: kernel.obstacle(problem) for kernel in KERNELS}
     runnable = [kernel for kernel in KERNELS if obstacles[kernel.label] is None]
     if q.device.type == "cpu":
