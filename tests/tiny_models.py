@@ -12,6 +12,7 @@ import torch
 from comfy.k_diffusion.sampling import sample_euler
 from comfy.model_patcher import ModelPatcher
 from comfy.nested_tensor import NestedTensor
+from skein.bench import random_model as true
 from skein.bench.cases import Case
 
 IMAGE = (1, 16, 12, 10)
@@ -56,20 +57,15 @@ def _reference(*shape: int) -> Callable:
     return lambda generator: [torch.randn(*shape, generator=generator)]
 
 
-HUNYUAN_VIDEO = dict(
-    image_model="hunyuan_video", in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=64, hidden_size=256,
-    mlp_ratio=4.0, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=[16, 56, 56], theta=256, patch_size=[1, 2, 2],
-    qkv_bias=True, guidance_embed=True, byt5=False, meanflow=False, use_cond_type_embedding=False, vision_in_dim=None,
-    meanflow_sum=False,
-)  # fmt: skip
+HUNYUAN_VIDEO = true.HUNYUAN_VIDEO | dict(
+    context_in_dim=64, hidden_size=256, num_heads=2, depth=2, depth_single_blocks=2
+)
 HUNYUAN_IMAGE = HUNYUAN_VIDEO | dict(
     in_channels=64, out_channels=64, vec_in_dim=None, axes_dim=[64, 64], patch_size=[1, 1], guidance_embed=False
 )
-FLUX = dict(
-    image_model="flux", in_channels=16, out_channels=16, vec_in_dim=64, context_in_dim=48, hidden_size=256,
-    mlp_ratio=4.0, num_heads=2, depth=2, depth_single_blocks=3, axes_dim=[16, 56, 56], theta=10000, patch_size=2,
-    qkv_bias=True, guidance_embed=True, txt_ids_dims=[], yak_mlp=False, txt_norm=False,
-)  # fmt: skip
+FLUX = true.FLUX_DEV | dict(
+    vec_in_dim=64, context_in_dim=48, hidden_size=256, num_heads=2, depth=2, depth_single_blocks=3
+)
 FLUX2 = dict(
     image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=48, hidden_size=256,
     mlp_ratio=3.0, num_heads=2, depth=2, depth_single_blocks=3, axes_dim=[32] * 4, theta=2000, patch_size=1,
@@ -81,32 +77,14 @@ CHROMA = dict(
     num_heads=2, depth=19, depth_single_blocks=38, axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True,
     in_dim=64, out_dim=256, hidden_dim=64, n_layers=2, txt_ids_dims=[], vec_in_dim=None,
 )  # fmt: skip
-SD3 = dict(
-    in_channels=16, patch_size=2, out_channels=16, depth=4, num_blocks=4, input_size=None, adm_in_channels=64,
+SD3 = true.SD35_LARGE | dict(
+    depth=4, num_blocks=4, adm_in_channels=64, num_patches=32 * 32, pos_embed_max_size=32,
     context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 48, "out_features": 256}},
-    num_patches=32 * 32, pos_embed_max_size=32, pos_embed_scaling_factor=None, qk_norm="rms",
-    x_block_self_attn_layers=[],
 )  # fmt: skip
-MOCHI = dict(
-    image_model="mochi_preview", depth=3, patch_size=2, num_heads=2, hidden_size_x=256, hidden_size_y=128,
-    mlp_ratio_x=48.0, mlp_ratio_y=4.0, learn_sigma=False, in_channels=12, qk_norm=True, qkv_bias=False, out_bias=True,
-    attn_drop=0.0, patch_embed_bias=True, posenc_preserve_area=True, timestep_mlp_bias=True, attend_to_padding=False,
-    timestep_scale=1000.0, use_t5=True, t5_feat_dim=64, t5_token_length=256, rope_theta=10000.0,
-)  # fmt: skip
-COGVIDEOX = dict(
-    image_model="cogvideox", num_attention_heads=2, attention_head_dim=64, time_embed_dim=64, num_layers=3,
-    in_channels=16, patch_size=2, text_embed_dim=48, use_learned_positional_embeddings=False,
-    use_rotary_positional_embeddings=True,
-)  # fmt: skip
-WAN = dict(
-    image_model="wan2.1", model_type="t2v", dim=256, out_dim=16, num_heads=2, ffn_dim=512, num_layers=3,
-    patch_size=(1, 2, 2), freq_dim=256, window_size=(-1, -1), qk_norm=True, cross_attn_norm=True, eps=1e-6, in_dim=16,
-    text_dim=48,
-)  # fmt: skip
-QWEN_IMAGE = dict(
-    image_model="qwen_image", in_channels=64, num_layers=3, attention_head_dim=128, num_attention_heads=2,
-    joint_attention_dim=48,
-)  # fmt: skip
+MOCHI = true.MOCHI | dict(depth=3, num_heads=2, hidden_size_x=256, hidden_size_y=128, mlp_ratio_x=48.0, t5_feat_dim=64)
+COGVIDEOX = true.COGVIDEOX_5B | dict(num_attention_heads=2, time_embed_dim=64, num_layers=3, text_embed_dim=48)
+WAN = true.WAN_14B | dict(dim=256, num_heads=2, ffn_dim=512, num_layers=3, text_dim=48)
+QWEN_IMAGE = true.QWEN_IMAGE | dict(num_layers=3, num_attention_heads=2, joint_attention_dim=48)
 LTXV = dict(
     image_model="ltxv", num_layers=3, attention_head_dim=64, num_attention_heads=4, cross_attention_dim=256,
     caption_channels=48, in_channels=128,
