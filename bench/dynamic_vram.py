@@ -87,7 +87,7 @@ def main() -> None:
     comfy.memory_management.aimdo_enabled = True
     rows = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        model = comfy.sd.load_diffusion_model(models.random_checkpoint(folder, 2, 4))
+        model = comfy.sd.load_diffusion_model(models.random_checkpoint(folder, models.hunyuan_video(2, 4)))
         arguments = dict(latent=torch.zeros(models.latent_shape(480, 272, 17)), steps=4)
         stock = sample(model, models.conditioning(60), **arguments)
         for name, plan in PLANS.items():

@@ -104,7 +104,7 @@ def main() -> None:
     if options.small:
         settings, hidden = [(setting[0], 128, 80, 9, setting[-1]) for setting in settings[-2:]], 256
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        model = comfy.sd.load_diffusion_model(models.random_checkpoint(folder, 2, 2, hidden))
+        model = comfy.sd.load_diffusion_model(models.random_checkpoint(folder, models.hunyuan_video(2, 2, hidden)))
         for world in options.worlds:
             with workers_on_one_card(world, "0" if torch.cuda.is_available() else "cpu"):
                 rows += [measure_shared(model, setting, world) for setting in settings]

@@ -115,7 +115,7 @@ def main() -> None:
     logging.getLogger("skein").setLevel(logging.INFO)
     device, hidden = "cpu" if options.cpu else "0", 512 if options.small else models.HIDDEN
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        model = comfy.sd.load_diffusion_model(models.random_checkpoint(folder, 2, 2, hidden))
+        model = comfy.sd.load_diffusion_model(models.random_checkpoint(folder, models.hunyuan_video(2, 2, hidden)))
         rows = sampling(model, device, options.small) + decoding(device, options.small)
     print(
         json.dumps({

@@ -5,7 +5,6 @@ it for a prompt of a few sentences.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -97,13 +96,17 @@ def random_model(case: Case):
     return case.patcher(dtype=torch.bfloat16, device=comfy.model_management.get_torch_device())
 
 
-def random_checkpoint(folder: str, double: int = DOUBLE, single: int = SINGLE, hidden: int = HIDDEN) -> str:
-    """A HunyuanVideo as a file in a folder; its path. Workers load the model by ComfyUI's loader from there.
+def hunyuan_video(double: int = DOUBLE, single: int = SINGLE, hidden: int = HIDDEN) -> Case:
+    """HunyuanVideo with so many blocks of such a width, a multiple of 128."""
+    case = shortened(MODELS["HunyuanVideo"], [double, single])
+    return replace(case, config={**case.config, "hidden_size": hidden, "num_heads": hidden // 128})
 
-    hidden: a multiple of 128.
+
+def random_checkpoint(folder: str, case: Case) -> str:
+    """A model as a file in a folder; its path. Workers load it by ComfyUI's loader from there.
+
+    ComfyUI takes SD3 and Mochi to have all of their blocks, others as many as are in the file.
     """
-    sizes: dict[str, Any] = dict(hidden_size=hidden, num_heads=hidden // 128, depth=double, depth_single_blocks=single)
-    case = replace(MODELS["HunyuanVideo"], config={**HUNYUAN_VIDEO, **sizes})
     state = random_model(case).model.diffusion_model.state_dict()
     path = f"{folder}/random.safetensors"
     save_file({name: value.clone() for name, value in state.items()}, path)

@@ -1,10 +1,10 @@
 """Context parallelism on the GPUs of this machine: seconds a step against one process, start-up, memory.
 
-    python3 -m bench.scaling [--worlds 1 2 4 8] [--steps 4] [--paths exact all] [--double 2 --single 4]
-    python3 -m bench.scaling --paths exact --no-stock --arrangements 8x1 4x2 2x4 [--double 2 --single 4]
-    python3 -m bench.scaling --cpu --width 128 --height 128 --frames 9 --hidden 256 --double 2 --single 4
+    python3 -m bench.scaling [--model "FLUX.1 dev"] [--worlds 1 2 4 8] [--steps 4] [--paths exact all] [--blocks 2 4]
+    python3 -m bench.scaling --paths exact --no-stock --arrangements 8x1 4x2 2x4 [--blocks 2 4]
+    python3 -m bench.scaling --cpu --latent 1 16 3 16 16 --blocks 1 1
 
-The 13 B HunyuanVideo with random weights (bench/random_model.py) is written to a temporary file, as a checkpoint that
+A model of true size with random weights (bench/random_model.py) is written to a temporary file, as a checkpoint that
 every process loads. A step is the time between two of the sampler's callbacks: the median without the first, and all
 but the first together. The one process runs the same plan, in this process; stock ComfyUI runs too. Arrangements are
 degrees, Ulysses x ring; without them the workers measure which is fastest. Of random weights the cache reuses nothing
@@ -34,8 +34,8 @@ import comfy.sd  # noqa: E402
 import comfyui_version  # noqa: E402
 import torch  # noqa: E402
 from skein import engine  # noqa: E402
-from skein.bench import random_model as models  # noqa: E402
 from skein.bench.errors import relative_error  # noqa: E402
+from skein.bench.random_model import MODELS, random_checkpoint, shortened  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
 from skein.parallel import group, release  # noqa: E402
@@ -82,7 +82,7 @@ def cached(runs: list[Run]) -> dict:
 
 def run(model, plan: Plan, arguments: dict) -> tuple[torch.Tensor, dict]:
     steps, known = Steps(time.perf_counter()), recent_runs()
-    out = sample(engine.edit(model, **vars(plan)), models.conditioning(60), callback=steps, **arguments)
+    out = sample(engine.edit(model, **vars(plan)), callback=steps, **arguments)
     return out, steps.row | cached([each for each in recent_runs() if each not in known])
 
 
@@ -144,10 +144,10 @@ def groups(options: argparse.Namespace, there: int) -> list[tuple[tuple[int, int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in dict(
-        width=1280, height=720, frames=129, steps=4, double=models.DOUBLE, single=models.SINGLE, hidden=models.HIDDEN
-    ).items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--model", default="HunyuanVideo", choices=list(MODELS))
+    parser.add_argument("--blocks", type=int, nargs="*", default=[], help="how many of each stack are built; all")
+    parser.add_argument("--latent", type=int, nargs="*", default=[], help="its shape, B C T H W or B C H W")
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--worlds", type=int, nargs="*", default=[1, 2, 4, 8], help="workers")
     parser.add_argument("--arrangements", nargs="*", default=[], type=arrangement, help="such as 4x2")
     parser.add_argument("--paths", nargs="*", default=["exact", "all"], choices=list(PATHS)[1:])
@@ -157,12 +157,15 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("skein").setLevel(logging.INFO)
     there = 8 if options.cpu else torch.cuda.device_count()
-    latent = torch.zeros(models.latent_shape(options.width, options.height, options.frames))
-    arguments = {"latent": latent, "steps": options.steps}
+    case = shortened(MODELS[options.model], options.blocks)
+    arguments = {
+        "positive": case.conditioning(0), "negative": case.conditioning(1), "steps": options.steps,
+        "latent": torch.zeros(tuple(options.latent) or case.latent),
+    }  # fmt: skip
     rows = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        checkpoint = models.random_checkpoint(folder, options.double, options.single, options.hidden)
+        checkpoint = random_checkpoint(folder, case)
         print(f"wrote the checkpoint in {time.perf_counter() - started:.1f} s", flush=True)
         model = comfy.sd.load_diffusion_model(checkpoint)
         for name in (["stock"] if not options.no_stock else []) + options.paths:

@@ -82,7 +82,9 @@ def main() -> None:
     tokens = latent.shape[2] * latent.shape[3] * latent.shape[4] // 4
     estimate = work_bytes(Load(tokens, TEXT, models.HIDDEN), plan, max(options.world, 1))
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder, ExitStack() as card:
-        model = comfy.sd.load_diffusion_model(models.random_checkpoint(folder, options.double, options.single))
+        model = comfy.sd.load_diffusion_model(
+            models.random_checkpoint(folder, models.hunyuan_video(options.double, options.single))
+        )
         if options.world:
             card.enter_context(workers_on_one_card(options.world, **limit))
         else:
