@@ -127,7 +127,8 @@ def _before(other: Callable) -> Callable:
 def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=None, **kwargs: Any) -> Tensor:
     """ComfyUI's optimized_attention_override: the operator wherever it computes the same as `func`.
 
-    That is inside a block, without a scale of its own. q, k and v: (B, H, S, D) with skip_reshape, else (B, S, H * D).
+    That is inside a block, without a scale of its own. Without keys, as Wan's attention to an image that was not given
+    has them, the result is zeros. q, k and v: (B, H, S, D) with skip_reshape, else (B, S, H * D).
     One function for all runs, so that compiled blocks, which guard on it, stay valid.
     """
     options = kwargs.get("transformer_options") or {}
@@ -142,10 +143,10 @@ def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=N
         return func(q, k, v, heads, mask=mask, **kwargs)
     if not kwargs.get("skip_reshape", False):
         head_dim = q.shape[-1] // heads  # SD3 has values (B, S, H, D) beside flat queries and keys
-        q, k, v = (x.reshape(*x.shape[:2], -1, head_dim).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.flatten(2).unflatten(2, (-1, head_dim)).transpose(1, 2) for x in (q, k, v))
     if k.shape[1] != q.shape[1]:  # fewer heads of keys and values than of queries
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    out = attention_op(q, k, v, mask)
+    out = attention_op(q, k, v, mask) if k.shape[2] else q.new_zeros(q.shape).transpose(1, 2).flatten(2)
     return out.unflatten(2, (heads, -1)).transpose(1, 2) if kwargs.get("skip_output_reshape", False) else out
 
 

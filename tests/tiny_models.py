@@ -53,6 +53,10 @@ def _mask(tokens: int, kept: int) -> torch.Tensor:
     return (torch.arange(tokens) < kept).long().unsqueeze(0)
 
 
+def _random(*shape: int) -> Callable:
+    return lambda generator: torch.randn(*shape, generator=generator)
+
+
 def _reference(*shape: int) -> Callable:
     return lambda generator: [torch.randn(*shape, generator=generator)]
 
@@ -184,6 +188,26 @@ _ALL_CASES = {
     "Wan 2.2 5B image to video": Case(
         "WAN22_T2V", WAN | dict(out_dim=48, in_dim=48), (1, 48, 3, 8, 6), (16, 48), first_frame=True
     ),
+    "Wan 2.2 S2V": Case(
+        "WAN22_S2V", WAN | dict(model_type="s2v", audio_dim=64, audio_inject_layers=[0, 2]), VIDEO, (16, 48),
+        extra={"audio_embed": _random(1, 25, 64, 12), "reference_latents": _reference(1, 16, 1, 8, 6)},
+    ),
+    "Wan 2.1 HuMo": Case(
+        "WAN21_HuMo", WAN | dict(model_type="humo", in_dim=36), VIDEO, (16, 48),
+        extra={"audio_embed": _random(1, 3, 8, 5, 1280), "reference_latents": _reference(1, 16, 1, 8, 6)},
+    ),
+    "Wan 2.2 Animate": Case(
+        "WAN22_Animate", WAN | dict(model_type="animate", in_dim=36, num_layers=6), VIDEO, (16, 48),
+        extra={"pose_video_latent": _random(1, 16, 2, 8, 6)},
+    ),
+    "Wan 2.2 WanDancer": Case(
+        "WAN22_WanDancer", WAN | dict(model_type="wandancer", in_dim=36, audio_inject_layers=[0, 2]), (1, 16, 3, 8, 16),
+        (16, 48), extra={"audio_embed": _random(1, 24, 35)},  # its eight parts of a frame divide the tokens
+    ),
+    "Wan 2.1 SCAIL": Case(
+        "WAN21_SCAIL", WAN | dict(model_type="scail", in_dim=20), VIDEO, (16, 48),
+        extra={"pose_video_latent": _random(1, 16, 3, 8, 6), "reference_latents": _reference(1, 16, 1, 8, 6)},
+    ),
     "Qwen-Image": Case("QwenImage", QWEN_IMAGE, (1, 16, 1, 12, 10), (7, 48)),
     "Qwen-Image Edit": Case(
         "QwenImage", QWEN_IMAGE, (1, 16, 1, 12, 10), (7, 48),
@@ -215,4 +239,5 @@ _ALL_CASES = {
 CASES = {
     name: case for name, case in _ALL_CASES.items() if hasattr(comfy.supported_models, case.model)
 }  # of this ComfyUI
-NOT_SHARED = [name for name in ("LTX-2", "PixArt Sigma", "Ernie Image") if name in CASES]
+WHOLE_FRAMES = ("Wan 2.2 S2V", "Wan 2.1 HuMo", "Wan 2.2 Animate", "Wan 2.2 WanDancer")
+NOT_SHARED = [name for name in ("LTX-2", "PixArt Sigma", "Ernie Image", *WHOLE_FRAMES) if name in CASES]
