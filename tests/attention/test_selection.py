@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from skein.attention.hook import is_exact_step
+from skein.attention.around import is_exact_step
 from skein.attention.kernels import KERNELS, Kernel, Problem, plain_attention
 from skein.attention.kernels.kernel import package_obstacle
 from skein.attention.op import active, attention
