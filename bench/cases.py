@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class Case:
         kind.unet_config.update(self.config)  # also over what a family has fixed sizes of
         kind.set_inference_dtype(dtype, None)
         model = kind.get_model({}, "", device="cpu")
-        fill(model.diffusion_model, torch.Generator(device).manual_seed(seed), shared=set(self.blocks))
+        fill(model.diffusion_model, torch.Generator(device).manual_seed(seed), shared=self.blocks)
         return ModelPatcher(model, load_device=torch.device(device), offload_device=torch.device("cpu"))
 
     def conditioning(self, seed: int = 3, tokens: int = 0) -> list:
@@ -56,15 +56,15 @@ class Case:
         return [[torch.randn(1, tokens or self.text[0], self.text[1], generator=generator), extra]]
 
 
-def fill(network: torch.nn.Module, generator: torch.Generator, shared: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def fill(network: torch.nn.Module, generator: torch.Generator, shared: Container[str] = ()) -> None:
     """Random weights that keep activations near 1 through all layers.
 
     shared: paths of stacks whose blocks have one set of tensors, which saves the host's memory and changes no time.
     """
     drawn: dict[tuple, torch.Tensor] = {}
     for name, parameter in network.named_parameters():
-        stack, rest = re.fullmatch(r"(.*?)(?:\.\d+\.(.*))?", name).groups()  # type: ignore[union-attr]
-        key = (stack, rest, parameter.shape) if stack in shared else (name,)
+        stack, *rest = re.split(r"\.\d+\.", name, maxsplit=1)
+        key = (stack, *rest, parameter.shape) if stack in shared else (name,)
         if key not in drawn:
             values = torch.randn(parameter.shape, generator=generator, device=generator.device)
             if parameter.ndim >= 2:
