@@ -119,7 +119,7 @@ def test_skein_stands_between_each_loader_and_its_sampler(name):
     found = chains(api_prompt(name))
     assert found
     for chain in found:
-        assert chain[0].startswith("Skein") and "SkeinFirstBlockCache" in chain
+        assert chain and chain[0].startswith("Skein") and "SkeinFirstBlockCache" in chain
 
 
 @pytest.mark.parametrize("name", FAST)
