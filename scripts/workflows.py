@@ -26,6 +26,11 @@ TITLES = {
     "hunyuan_video_t2v_fast": ("HunyuanVideo", "text to video", "all of Skein"),
     "hunyuan_video_t2v_context_parallel": ("HunyuanVideo", "text to video", "Context Parallel"),
     "hunyuan_video_i2v_cache": ("HunyuanVideo", "image to video", "First-Block Cache"),
+    "flux_dev_fast": ("FLUX.1 dev", "text to image", "all of Skein"),
+    "mochi_t2v_fast": ("Mochi", "text to video", "all of Skein"),
+    "qwen_image_fast": ("Qwen-Image", "text to image", "all of Skein"),
+    "sd35_large_fast": ("SD3.5 large", "text to image", "all of Skein"),
+    "wan22_t2v_fast": ("Wan 2.2 14B", "text to video", "all of Skein"),
 }
 
 

@@ -13,24 +13,24 @@ from workflow_rules import problems
 
 import workflows
 
-TEXT_TO_VIDEO = {  # the files that are not on this machine: (node, input) -> what the server says
-    ("UNETLoader", "unet_name"): "value_not_in_list",
-    ("DualCLIPLoader", "clip_name1"): "value_not_in_list",
-    ("DualCLIPLoader", "clip_name2"): "value_not_in_list",
-    ("VAELoader", "vae_name"): "value_not_in_list",
-}
-IMAGE_TO_VIDEO = {
-    **TEXT_TO_VIDEO,
-    ("CLIPVisionLoader", "clip_name"): "value_not_in_list",
-    ("LoadImage", "image"): "custom_validation_failed",
-}
-MISSING = {
-    "hunyuan_video_i2v_cache": IMAGE_TO_VIDEO,
+MODEL, VAE, ONE_ENCODER = ("UNETLoader", "unet_name"), ("VAELoader", "vae_name"), ("CLIPLoader", "clip_name")
+TWO_ENCODERS = [("DualCLIPLoader", f"clip_name{number}") for number in (1, 2)]
+THREE_ENCODERS = [("TripleCLIPLoader", f"clip_name{number}") for number in (1, 2, 3)]
+TEXT_TO_VIDEO = [MODEL, *TWO_ENCODERS, VAE]
+FILES = {  # the inputs that name files which are not on this machine; all nodes are in every ComfyUI since 0.16.3
+    "flux_dev_fast": [MODEL, *TWO_ENCODERS, VAE],
+    "hunyuan_video_i2v_cache": [*TEXT_TO_VIDEO, ("CLIPVisionLoader", "clip_name"), ("LoadImage", "image")],
     "hunyuan_video_t2v_cache": TEXT_TO_VIDEO,
     "hunyuan_video_t2v_context_parallel": TEXT_TO_VIDEO,
     "hunyuan_video_t2v_fast": TEXT_TO_VIDEO,
+    "mochi_t2v_fast": [MODEL, ONE_ENCODER, VAE],
+    "qwen_image_fast": [MODEL, ONE_ENCODER, VAE],
+    "sd35_large_fast": [("CheckpointLoaderSimple", "ckpt_name"), *THREE_ENCODERS],
+    "wan22_t2v_fast": [MODEL, ONE_ENCODER, VAE],
 }
-SHIPPED = [*MISSING, "skein_demo"]
+REFUSALS = {"LoadImage": "custom_validation_failed"}  # what the server says of a missing file, if not: not in the list
+SHIPPED = sorted([*FILES, "skein_demo"])
+FAST = [name for name in FILES if name.endswith("_fast")]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_the_bundled_model_is_there():
     assert (MODEL_FOLDER / MODEL_NAME).exists()
 
 
-@pytest.mark.parametrize("name", MISSING)
+@pytest.mark.parametrize("name", FILES)
 def test_server_misses_nothing_but_the_files(name, server):
     """The real server takes everything in the prompt except the files that this machine does not have."""
     prompt = api_prompt(name)
@@ -88,22 +88,72 @@ def test_server_misses_nothing_but_the_files(name, server):
     for key, node in answer["node_errors"].items():
         for error in node["errors"]:
             said[prompt[key]["class_type"], error["extra_info"]["input_name"]] = error["type"]
-    assert said == MISSING[name]
+    assert said == {place: REFUSALS.get(place[0], "value_not_in_list") for place in FILES[name]}
+
+
+def chains(prompt: dict) -> list[list[str]]:
+    """The nodes behind each loaded model, one after another, as long as one node alone takes the last one's output."""
+    found = []
+    for key, node in prompt.items():
+        if node["class_type"] not in ("UNETLoader", "CheckpointLoaderSimple"):
+            continue
+        found.append([])
+        while len(takers := takers_of_model(prompt, key)) == 1:
+            (key,) = takers
+            found[-1].append(prompt[key]["class_type"])
+    return found
+
+
+def takers_of_model(prompt: dict, key: str) -> list[str]:
+    """The nodes that take a node's first output, but for the preview, which only looks at the latent's format."""
+    return [
+        taker
+        for taker, node in prompt.items()
+        if [key, 0] in node["inputs"].values() and node["class_type"] != "SkeinLatentVideoPreview"
+    ]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_skein_stands_between_loader_and_sampling(name):
-    """One Skein node (and a look at the latent) takes the loader's model, so that no branch goes around it."""
+def test_skein_stands_between_each_loader_and_its_sampler(name):
+    """No branch goes around it."""
+    found = chains(api_prompt(name))
+    assert found
+    for chain in found:
+        assert chain and chain[0].startswith("Skein") and "SkeinFirstBlockCache" in chain
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_fast_workflow_has_all_of_skein(name):
+    """On each of its models; the settings of one are those of the others."""
     prompt = api_prompt(name)
-    takers = {
-        node["class_type"]
-        for node in prompt.values()
-        for value in node["inputs"].values()
-        if isinstance(value, list) and value[1] == 0 and prompt[value[0]]["class_type"] == "UNETLoader"
+    for chain in chains(prompt):
+        assert chain[:4] == ["SkeinAttention", "SkeinFP8Quantize", "SkeinCompile", "SkeinFirstBlockCache"]
+    for kind in ("SkeinAttention", "SkeinFP8Quantize", "SkeinCompile", "SkeinFirstBlockCache"):
+        settings = [node["inputs"] | {"model": None} for node in prompt.values() if node["class_type"] == kind]
+        assert settings == [settings[0]] * len(chains(prompt))
+
+
+def test_wan_goes_on_with_its_other_expert():
+    """The second sampler takes the first one's latent with its noise, at the step where that has ended."""
+    prompt = api_prompt("wan22_t2v_fast")
+    (high, first), (low, second) = ((key, n) for key, n in prompt.items() if n["class_type"] == "KSamplerAdvanced")
+    first, second = first["inputs"], second["inputs"]
+    assert second["latent_image"] == [high, 0]
+    assert first["return_with_leftover_noise"] == "enable" and second["add_noise"] == "disable"
+    assert first["start_at_step"] == 0 and first["end_at_step"] == second["start_at_step"] < first["steps"]
+    assert second["end_at_step"] >= second["steps"] and second["return_with_leftover_noise"] == "disable"
+    shared = ("steps", "cfg", "sampler_name", "scheduler", "positive", "negative")
+    assert [first[name] for name in shared] == [second[name] for name in shared]
+    assert {"high": file_of(prompt, high), "low": file_of(prompt, low)} == {
+        noise: f"wan2.2_t2v_{noise}_noise_14B_fp16.safetensors" for noise in ("high", "low")
     }
-    (first,) = takers - {"SkeinLatentVideoPreview"}
-    assert first.startswith("Skein")
-    assert "SkeinFirstBlockCache" in {node["class_type"] for node in prompt.values()}
+
+
+def file_of(prompt: dict, key: str) -> str:
+    """The file of the model that a node takes, through all nodes between."""
+    while "model" in prompt[key]["inputs"]:
+        key = prompt[key]["inputs"]["model"][0]
+    return prompt[key]["inputs"]["unet_name"]
 
 
 def test_validator_agrees_with_comfyui(object_info):

@@ -9,8 +9,11 @@ CANVAS_ONLY = {"Note", "MarkdownNote"}  # the server does not know these
 MODEL_SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 SEED_CONTROLS = ("fixed", "increment", "decrement", "randomize")
 DIRECTORIES = {  # where each loader looks; what the server says has only the names of files
+    "CheckpointLoaderSimple": "checkpoints",
     "UNETLoader": "diffusion_models",
+    "CLIPLoader": "text_encoders",
     "DualCLIPLoader": "text_encoders",
+    "TripleCLIPLoader": "text_encoders",
     "VAELoader": "vae",
     "CLIPVisionLoader": "clip_vision",
 }

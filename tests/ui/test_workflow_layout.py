@@ -43,22 +43,32 @@ def comfy(request, browser, ui_server):
         yield page
 
 
-def show(comfy, name, advanced):
-    """Open a workflow; the rectangles of its nodes."""
+def open_workflow(comfy, name):
+    """Open a workflow, in view as a whole; the rectangles of its nodes."""
     page = comfy.page
     comfy.open_workflow(json.loads((workflows.UI / f"{name}.json").read_text()))
     page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     if comfy.renderer == VUE:
         page.wait_for_function(DRAWN)
     page.wait_for_timeout(1000)  # pictures, and the nodes' own measurements
-    if advanced and comfy.renderer == VUE:
+    return rectangles(comfy, name)
+
+
+def show_advanced(comfy, name):
+    """Show the advanced inputs of the nodes of the workflow that is open; the rectangles."""
+    page = comfy.page
+    if comfy.renderer == VUE:
         for button in page.get_by_test_id("advanced-inputs-button").all():
             button.dispatch_event("click")
-    elif advanced:
+    else:
         page.evaluate(TOGGLE)
     page.wait_for_timeout(500)
-    comfy.screenshot(f"layout-{name}-{comfy.renderer}{'-advanced' if advanced else ''}")
-    return page.evaluate(RECTANGLES[comfy.renderer])
+    return rectangles(comfy, f"{name}-advanced")
+
+
+def rectangles(comfy, picture):
+    comfy.screenshot(f"layout-{picture}-{comfy.renderer}")
+    return comfy.page.evaluate(RECTANGLES[comfy.renderer])
 
 
 def overlap(one, other):
@@ -68,13 +78,23 @@ def overlap(one, other):
     return (round(across), round(down)) if across > 0 and down > 0 else None
 
 
-@pytest.mark.parametrize("advanced", [False, True], ids=["", "advanced"])
-@pytest.mark.parametrize("name", workflows.names())
-def test_no_two_nodes_overlap(comfy, name, advanced):
-    nodes = show(comfy, name, advanced)
-    assert len(nodes) == len(json.loads((workflows.UI / f"{name}.json").read_text())["nodes"])
+def overlapping(nodes):
     shared = {(a, b): overlap(nodes[a], nodes[b]) for a, b in combinations(nodes, 2)}
-    assert {pair: size for pair, size in shared.items() if size} == {}
-    if advanced and comfy.renderer == VUE:  # they are really shown; the classic canvas shows them always
-        before = show(comfy, name, False)
-        assert sum(box[3] - box[1] for box in nodes.values()) > sum(box[3] - box[1] for box in before.values()) + 40
+    return {pair: size for pair, size in shared.items() if size}
+
+
+def height(nodes):
+    """Of all nodes together."""
+    return sum(bottom - top for _, top, _, bottom in nodes.values())
+
+
+@pytest.mark.parametrize("name", workflows.names())
+def test_no_two_nodes_overlap(comfy, name):
+    """Neither as the workflow opens nor with advanced inputs shown."""
+    nodes = open_workflow(comfy, name)
+    assert len(nodes) == len(json.loads((workflows.UI / f"{name}.json").read_text())["nodes"])
+    assert overlapping(nodes) == {}
+    advanced = show_advanced(comfy, name)
+    assert overlapping(advanced) == {}
+    if comfy.renderer == VUE:  # they are really shown; the classic canvas shows them always
+        assert height(advanced) > height(nodes) + 40
