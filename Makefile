@@ -22,7 +22,7 @@ lint:
 	@$(DEV) -m ruff format --check .
 	@$(DEV) -m mypy
 faults:
-	@SKEIN_ROUNDS=10 $(DEV) -m pytest -m rounds tests/parallel
+	@SKEIN_ROUNDS=10 $(DEV) -m pytest -m rounds tests/workers
 curve:
 	@$(DEV) -m bench.cache_curve
 screenshots:

@@ -13,7 +13,7 @@ from .nodes.parallel import ContextParallelNode, ReleaseWorkersNode
 from .nodes.preview import LatentVideoPreviewNode
 from .nodes.report import CacheReportNode
 from .nodes.vae import VAEDecodeNode
-from .parallel import release
+from .workers import in_use, release
 
 WEB_DIRECTORY = "./web"
 
@@ -21,7 +21,7 @@ WEB_DIRECTORY = "./web"
 class SkeinExtension(ComfyExtension):
     async def on_load(self) -> None:
         demo.register_model_folder()
-        routes.register(release)
+        routes.register(release, in_use)
         live.starts_on(comfy.model_management.get_torch_device())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -27,14 +27,15 @@ from .estimate import Load, advice
 from .files import files_of
 from .latents import some_values
 from .models import Network, Seam
-from .parallel import Mesh, Sharding, delegated, setting_of, visible_devices
-from .parallel.machines import machines
+from .parallel import Mesh, Sharding
 from .patchers import PLAIN_KEY, TWIN_KEY, keep, own_network, plain, unload
 from .plan import MODEL_DEFAULT, PLAN_KEY, AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
 from .quantization import is_quantized, quantized, require_float8, require_torchao
 from .report import begin, note, publish, show
 from .runs import Run
 from .stopwatch import Stopwatch
+from .workers import delegated, setting_of, visible_devices
+from .workers.environment import machines
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

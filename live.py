@@ -237,16 +237,6 @@ def workers_stand(state: str) -> None:
         workers_changed(state=state)
 
 
-def workers_are_busy() -> bool:
-    """Whether a run is using them, or about to."""
-    return _sampling.running and "parallel" in _sampling.techniques
-
-
-def workers_are_at_work() -> bool:
-    """Whether they do something now: load, sample or decode."""
-    return any(process.state in (LOADING, RUNNING) for process in _workers)
-
-
 def workers_filled(readings: Sequence[dict]) -> None:
     """The workers' memory, as they see it."""
     with events.lock:

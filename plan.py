@@ -132,7 +132,7 @@ class CompileConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Settings of context parallelism (see parallel/). Raises ValueError on values that cannot be.
+    """Settings of context parallelism (see parallel/ and workers/). Raises ValueError on values that cannot be.
 
     devices: "all" GPUs, or their numbers ("0,1"), or "cpu,cpu" for two processes on the CPU.
     ulysses_degree, ring_degree: devices that exchange heads for tokens, and groups of them in a ring; their product is

@@ -36,10 +36,10 @@ class Refused(Exception):
         self.status = status
 
 
-def register(release: Callable[[], bool]) -> None:
+def register(release: Callable[[], bool], in_use: Callable[[], bool]) -> None:
     """Add the routes to ComfyUI's server. Without a server (the pack used as a library) nothing happens.
 
-    release: ends the workers; whether there were any.
+    release: ends the workers; whether there were any. in_use: whether there are some that somebody works with.
     """
     instance = host.server()
     if instance is None:
@@ -79,7 +79,7 @@ def register(release: Callable[[], bool]) -> None:
 
     async def release_workers(request: Any) -> dict:
         await _asked(request, {})
-        if live.workers_are_busy() or live.workers_are_at_work():
+        if in_use():
             raise Refused(409, "The workers are at work; interrupt the run first, or wait for its end.")
         return {"released": await asyncio.get_running_loop().run_in_executor(None, release)}
 

@@ -1,8 +1,8 @@
 """Attention: padded text is cut away, and the fastest kernel that the card has does the rest."""
 
-from .around import BLOCK_KEY, ROPE_KEY, AttentionHook, override, stock
 from .lse import attention_with_lse
 from .op import enter_block
+from .overriding import BLOCK_KEY, ROPE_KEY, AttentionHook, override, stock
 from .selection import Selection
 
 __all__ = [

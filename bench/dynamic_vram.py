@@ -35,7 +35,6 @@ from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.bench.vae import random_vae  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
-from skein.parallel import release  # noqa: E402
 from skein.plan import (  # noqa: E402
     AttentionConfig,
     CacheConfig,
@@ -45,8 +44,9 @@ from skein.plan import (  # noqa: E402
     ParallelConfig,
     Plan,
 )  # fmt: skip
-from skein.vae import remote  # noqa: E402
+from skein.vae import shared  # noqa: E402
 from skein.vae.decode import decode  # noqa: E402
+from skein.workers import release  # noqa: E402
 
 EVERYTHING = dict(
     cache=CacheConfig(), attention=AttentionConfig(kernel="flash2"), fp8=FP8Config(), compile=CompileConfig()
@@ -66,7 +66,7 @@ def decodes() -> list[dict]:
     stock = vae.decode(latent)
     ways = {
         "decode, this process": lambda: decode(vae, latent, DecodeConfig("whole", "0")),
-        "decode, one worker": lambda: remote.decode_strips(remote.workers(("0",), vae), vae, latent, 0),
+        "decode, one worker": lambda: shared.decode_strips(shared.workers(("0",), vae), vae, latent, 0),
     }
     rows = []
     for name, run in ways.items():

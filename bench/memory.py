@@ -31,8 +31,8 @@ from skein.bench.one_card import workers_on_one_card  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
 from skein.estimate import Load, work_bytes  # noqa: E402
-from skein.parallel import group  # noqa: E402
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan  # noqa: E402
+from skein.workers import group  # noqa: E402
 
 TEXT, STEPS = 60, 5
 PLANS = {

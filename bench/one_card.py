@@ -37,10 +37,10 @@ from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.bench.vae import random_vae  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
-from skein.parallel import release, remote  # noqa: E402
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, DecodeConfig, FP8Config, ParallelConfig  # noqa: E402
 from skein.report import recent_runs  # noqa: E402
 from skein.vae import decode  # noqa: E402
+from skein.workers import release, wanted  # noqa: E402
 
 OTHER_CARD = Path(__file__).resolve().parent / "other_card"
 EXACT = dict(attention=AttentionConfig())
@@ -61,7 +61,7 @@ def workers_on_one_card(world: int, device: str = "0", **environment: str) -> It
     try:
         with (
             mock.patch.dict(os.environ, told),
-            changed([(module, "visible_devices", lambda _: names) for module in (engine, remote, decode)]),
+            changed([(module, "visible_devices", lambda _: names) for module in (engine, wanted, decode)]),
         ):
             yield
     finally:

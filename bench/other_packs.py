@@ -103,8 +103,8 @@ def run_piece(name: str, packs: Path) -> list[dict]:
     from skein import engine
     from skein.bench.errors import relative_error
     from skein.demo.sampling import load_demo_model, sample
-    from skein.parallel import release
     from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig
+    from skein.workers import release
 
     configs = (CacheConfig(threshold=0.3), AttentionConfig(), FP8Config(), CompileConfig(), ParallelConfig("cpu,cpu"))
     model, piece = load_demo_model(), PIECES[name]

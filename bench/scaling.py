@@ -38,10 +38,10 @@ from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.random_model import MODELS, random_checkpoint, shortened  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
-from skein.parallel import group, release  # noqa: E402
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan  # noqa: E402
 from skein.report import recent_runs  # noqa: E402
 from skein.runs import Run  # noqa: E402
+from skein.workers import group, release  # noqa: E402
 
 EVERY_SECOND = CacheConfig(threshold=1.0, max_consecutive_hits=1)
 PATHS = {

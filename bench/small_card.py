@@ -41,10 +41,9 @@ from skein.bench.vae import random_vae  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
 from skein.devices import peaks_of  # noqa: E402
 from skein.estimate import Load, work_bytes  # noqa: E402
-from skein.parallel import group  # noqa: E402
-from skein.parallel.remote import CALL_SECONDS  # noqa: E402
 from skein.plan import AttentionConfig, CompileConfig, DecodeConfig, FP8Config, ParallelConfig, Plan  # noqa: E402
 from skein.vae.decode import decode  # noqa: E402
+from skein.workers import group  # noqa: E402
 
 TEXT = 60
 
@@ -58,7 +57,7 @@ def peak_of_all() -> int:
     """The largest peak of tensors in bytes since the last question, of this process's device or among the workers."""
     if group._group is None:
         return peaks_of(torch.device("cuda"))["peak_bytes"]
-    return max(told["peak_bytes"] for told in group._group.ask_all("room", {}, CALL_SECONDS).values())
+    return max(told["peak_bytes"] for told in group._group.ask_all("room", {}).values())
 
 
 def main() -> None:

@@ -30,14 +30,12 @@ import torch  # noqa: E402
 from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine  # noqa: E402
 from comfy.ldm.wan.vae import WanVAE  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
-from skein.parallel import release  # noqa: E402
-from skein.parallel.remote import CALL_SECONDS  # noqa: E402
 from skein.plan import DecodeConfig  # noqa: E402
-from skein.vae import remote  # noqa: E402
 from skein.vae.decode import decode  # noqa: E402
-from skein.vae.estimate import whole_bytes  # noqa: E402
 from skein.vae.families import family_of  # noqa: E402
+from skein.vae.memory import whole_bytes  # noqa: E402
 from skein.vae.tiles import tiling_of  # noqa: E402
+from skein.workers import release  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 KL = dict(
@@ -121,14 +119,14 @@ def measure(vae: comfy.sd.VAE, latent: Tensor, options: argparse.Namespace) -> l
     for world in options.worlds:
         devices = tuple(["cpu"] * world if options.cpu else map(str, range(world)))
         need = whole_bytes(vae, family, latent.shape, world)
-        group = remote.workers(devices, vae)
+        group = shared.workers(devices, vae)
         ways = {
-            "whole": (lambda group=group, need=need: remote.decode_strips(group, vae, latent, need), stock),
-            "tiled": (lambda group=group: remote.decode_tiles(group, vae, latent, tiling), in_tiles),
+            "whole": (lambda group=group, need=need: shared.decode_strips(group, vae, latent, need), stock),
+            "tiled": (lambda group=group: shared.decode_tiles(group, vae, latent, tiling), in_tiles),
         }
         for mode, (run, expected) in ways.items():
             row = timed(f"group of {world}, {mode}", run, expected)[1]
-            peaks = [told["peak_bytes"] / 2**30 for told in group.ask_all("room", {}, CALL_SECONDS).values()]
+            peaks = [told["peak_bytes"] / 2**30 for told in group.ask_all("room", {}).values()]
             rows.append(row | {"estimate_gib": need / 2**30, "peak_gib": peaks})
     return rows
 

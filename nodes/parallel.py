@@ -4,8 +4,8 @@ from comfy_api.latest import io
 
 from .. import engine
 from ..models import KNOWN_MODELS
-from ..parallel import release
 from ..plan import ParallelConfig
+from ..workers import release
 
 DEFAULTS = ParallelConfig()
 

@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..parallel.group import visible_devices
 from ..plan import DECODE_MODES, DecodeConfig
 from ..vae.decode import check, decode
+from ..workers import visible_devices
 
 DEFAULTS = DecodeConfig()
 

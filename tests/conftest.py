@@ -7,7 +7,7 @@ import pytest
 from pack import load_pack
 
 # On a GPU ComfyUI would compute in other types than float32, and results be equal to less than the tests ask for.
-# SKEIN_DEVICES names GPUs for those that are meant to run there (small_models.on_a_gpu; tests/parallel/test_faults.py).
+# SKEIN_DEVICES names GPUs for those that are meant to run there (small_models.on_a_gpu; tests/workers/test_faults.py).
 if "SKEIN_DEVICES" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 load_pack()

@@ -44,7 +44,7 @@ def _no_workers(monkeypatch):
     def start(*_):
         raise AssertionError("workers are started")
 
-    monkeypatch.setattr("skein.parallel.remote.group_for", start)
+    monkeypatch.setattr("skein.workers.delegation.group_for", start)
 
 
 def compiled(model, way):
@@ -112,7 +112,7 @@ def test_compiled_blocks_of_others_are_refused_but_by_the_cache(model, technique
 
 
 @pytest.mark.parametrize("name", ["double_blocks", "forward_orig"])
-@pytest.mark.parametrize("technique", [name for name in EVERY if name != "parallel"])  # tests/parallel has that
+@pytest.mark.parametrize("technique", [name for name in EVERY if name != "parallel"])  # tests/workers has that
 def test_what_is_put_on_around_each_call_is_refused(model, name, technique):
     """As TeaCache and WaveSpeed's cache do. Before a compiled block is looked for in what they have put there."""
     source = model.clone()

@@ -11,7 +11,6 @@ import types
 from contextlib import contextmanager
 
 import pytest
-import torch
 import websocket
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
@@ -190,19 +189,6 @@ def test_the_speedup_is_of_typical_calls(computed, reused, speedup):
     run = Run(calls=[Call(0.5, 0.01, 0.06, each is reused, ms) for each in (computed, reused) for ms in each])
     assert run.speedup == pytest.approx(speedup)
     assert run.summary().endswith(f"about {speedup:.2f}x as fast")
-
-
-def test_workers_are_at_work_while_they_load_or_decode_and_not_after_an_interrupt():
-    live.workers_started(["0", "1"])
-    with pytest.raises(KeyboardInterrupt), live.sampling(["parallel"], torch.device("cpu")):
-        live.workers_stand(live.LOADING)
-        assert live.workers_are_at_work()
-        raise KeyboardInterrupt
-    assert not live.workers_are_at_work()
-    live.workers_stand(live.RUNNING)  # a decode
-    assert live.workers_are_at_work() and not live.workers_are_busy()
-    live.workers_gone(None, live.ENDED)
-    assert not live.workers_are_at_work()
 
 
 def answer(server, method, path, body=None, headers=None):

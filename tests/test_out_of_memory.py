@@ -1,5 +1,5 @@
 """Out of memory as ComfyUI knows it, PyTorch's AcceleratorError included: each place that catches what a device raises
-tells it from other failures. (Workers: tests/parallel/test_faults.py.)"""
+tells it from other failures. (Workers: tests/workers/test_faults.py.)"""
 
 import comfy.model_management as memory
 import pytest

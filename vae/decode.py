@@ -13,14 +13,15 @@ from torch import Tensor
 
 from ..attributes import changed
 from ..out_of_memory import is_out_of_memory
-from ..parallel.group import name_of, running_group, visible_devices
-from ..parallel.machines import machines
-from ..parallel.remote import shares, worker_setting
 from ..plan import DecodeConfig
 from ..report import show
-from . import remote
-from .estimate import room, whole_bytes
+from ..workers.environment import machines
+from ..workers.group import running_group
+from ..workers.room import shares
+from ..workers.wanted import name_of, visible_devices, worker_setting
+from . import shared
 from .families import Family, family_of
+from .memory import room, whole_bytes
 from .strip import Strip
 from .tiles import Tiling, tiles_of, tiling_of
 from .whole import frames_of, quick
@@ -59,7 +60,7 @@ def _run(vae: Any, latent: Tensor, config: DecodeConfig) -> tuple["_Decode", str
         return _Alone(vae, latent, config), ""
     try:
         return _Shared(vae, latent, config, devices), ""
-    except remote.CannotShare as error:
+    except shared.CannotShare as error:
         if config.device_names != ["all"]:
             raise
         return _Alone(vae, latent, config), f" ({error.reason})"
@@ -68,19 +69,19 @@ def _run(vae: Any, latent: Tensor, config: DecodeConfig) -> tuple["_Decode", str
 def _refuse(vae: Any, config: DecodeConfig, world: int, latent: Tensor | None = None) -> None:
     """Raises CannotShare if so many devices cannot share a decode, as far as that is known without a latent."""
     if vae.latent_dim == 1 or vae.extra_1d_channel is not None or vae.output_channels == 2:
-        raise remote.CannotShare("This VAE decodes sound, not pictures", "use VAE Decode Audio")
+        raise shared.CannotShare("This VAE decodes sound, not pictures", "use VAE Decode Audio")
     if vae.latent_dim != 3 or (latent is not None and latent.ndim != 5):
-        raise remote.CannotShare("This VAE decodes single images, which several devices cannot share")
-    remote.refuse(vae)
+        raise shared.CannotShare("This VAE decodes single images, which several devices cannot share")
+    shared.refuse(vae)
     family = family_of(vae)
     if family is None and getattr(vae, "handles_tiling", False):
-        raise remote.CannotShare("This VAE tiles by itself, which several devices cannot share")
+        raise shared.CannotShare("This VAE tiles by itself, which several devices cannot share")
     if config.mode == "whole" and family is None:
         model = type(vae.first_stage_model).__name__
-        raise remote.CannotShare(f"The frames of a {model} cannot be cut", "set mode to tiled")
+        raise shared.CannotShare(f"The frames of a {model} cannot be cut", "set mode to tiled")
     side = world if latent is None else max(latent.shape[-2:])
     if config.mode == "whole" and side < world:
-        raise remote.CannotShare(f"The frame is {side} latent columns long, too few for {world} devices", "name fewer")
+        raise shared.CannotShare(f"The frame is {side} latent columns long, too few for {world} devices", "name fewer")
 
 
 def _devices(vae: Any, config: DecodeConfig) -> tuple[str, ...] | None:
@@ -228,7 +229,7 @@ class _Shared(_Decode):
         super().__init__(vae, latent, config, ", ".join(devices), len(devices))
         self.devices = devices
         _refuse(vae, config, len(devices), latent)
-        remote.workers(devices, vae)  # who may be unable to build the VAE
+        shared.workers(devices, vae)  # who may be unable to build the VAE
 
     @property
     def _wide_enough(self) -> bool:
@@ -238,11 +239,11 @@ class _Shared(_Decode):
         if self.config.mode == "whole" or self.family is None or not self._wide_enough:
             return self.config.mode == "whole"
         need = self.work + self.vae.model_size()
-        return remote.room(remote.workers(self.devices, self.vae), need, self.vae.device) >= need
+        return shared.room(shared.workers(self.devices, self.vae), need, self.vae.device) >= need
 
     def whole(self) -> Tensor:
-        return remote.decode_strips(remote.workers(self.devices, self.vae), self.vae, self.latent, self.work)
+        return shared.decode_strips(shared.workers(self.devices, self.vae), self.vae, self.latent, self.work)
 
     def tiled(self) -> Tensor:
-        group, tiling = remote.workers(self.devices, self.vae), tiling_of(self.vae, self.config)
-        return remote.decode_tiles(group, self.vae, self.latent, tiling)
+        group, tiling = shared.workers(self.devices, self.vae), tiling_of(self.vae, self.config)
+        return shared.decode_tiles(group, self.vae, self.latent, tiling)

@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from skein.attention.around import is_exact_step
 from skein.attention.kernels import KERNELS, Kernel, Problem, plain_attention
 from skein.attention.kernels.kernel import package_obstacle
 from skein.attention.op import active, attention
+from skein.attention.overriding import is_exact_step
 from skein.attention.selection import Selection
 from skein.plan import KERNELS as NAMES
 from skein.plan import AttentionConfig

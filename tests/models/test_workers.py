@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from skein import engine
 from skein.bench.errors import relative_error
-from skein.parallel import group, release
 from skein.plan import CacheConfig, ParallelConfig
 from skein.report import recent_runs
+from skein.workers import group, release
 from tiny_models import CASES, sample
 
 TWO = ParallelConfig("cpu,cpu")

@@ -17,9 +17,9 @@ from graphs import CACHE, SAMPLER
 from skein.demo.run import node_id
 from skein.demo.server import PromptError
 from skein.nodes.vae import VAEDecodeNode
-from skein.parallel import group, release
 from skein.plan import DecodeConfig
 from skein.vae.decode import decode
+from skein.workers import group, release
 
 import nodes
 

@@ -16,12 +16,12 @@ from skein import engine
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
 from skein.nodes.vae import VAEDecodeNode
-from skein.parallel import GroupError, group, release
 from skein.plan import DecodeConfig, ParallelConfig
 from skein.vae.decode import _devices, decode
-from skein.vae.remote import workers
+from skein.vae.shared import workers
 from skein.vae.tiles import tiling_of
 from skein.vae.whole import frames_of
+from skein.workers import GroupError, group, in_use, release
 
 TOLERANCE = 1e-4
 TILES = dict(tile_size=64, overlap=16, temporal_size=8, temporal_overlap=4)
@@ -108,7 +108,7 @@ def test_the_group_that_samples_also_decodes_and_stays_warm(wan, latent, tmp_pat
         assert difference(decode(wan, latent, DecodeConfig()), stock) < TOLERANCE  # "all": where there are workers
         pids.append(dict(group._group.pids))
         # ComfyUI asks for a part of the model's memory, as before a decode of its own.
-        holder, loaded = group._group.holder, memory.current_loaded_models
+        holder, loaded = group._group.model.proxy, memory.current_loaded_models
         (proxy,) = [entry for entry in loaded if vars(entry.model.model).get("_skein_proxy") is holder]
         assert proxy.model_loaded_memory() > 1e6
         assert not proxy.model_unload(0) and proxy.model_loaded_memory() == 0
@@ -155,11 +155,11 @@ def test_an_interrupt_between_two_answers_loses_none(wan, latent, monkeypatch):
     workers = group._group
 
     def interrupt_once():
-        if [(asked.kind, len(asked.answers)) for asked in workers._pending] == [("decode_strip", 1)]:
+        if [(asked.kind, len(asked.answers)) for asked in workers.conversation.pending] == [("decode_strip", 1)]:
             monkeypatch.undo()
             raise memory.InterruptProcessingException
 
-    monkeypatch.setattr(workers, "_check_interrupt", interrupt_once)
+    monkeypatch.setattr(workers.conversation, "_check_interrupt", interrupt_once)
     with pytest.raises(memory.InterruptProcessingException):
         decode(wan, latent, config)
     assert difference(decode(wan, latent, config), wan.decode(latent)) < TOLERANCE and group._group is workers
@@ -202,9 +202,10 @@ def test_gpus_are_left_alone_where_they_cannot_decode_together(monkeypatch):
 
 @pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
 def test_an_interrupt_is_seen_within_a_second(wan, latent, devices):
-    stock, pressed = wan.decode(latent), []
+    stock, pressed, used = wan.decode(latent), [], []
 
     def press():
+        used.append(in_use())
         pressed.append(time.monotonic())
         memory.interrupt_current_processing(True)
 
@@ -213,7 +214,7 @@ def test_an_interrupt_is_seen_within_a_second(wan, latent, devices):
     threading.Timer(0.5, press).start()
     with pytest.raises(memory.InterruptProcessingException):
         decode(wan, long, config)
-    assert time.monotonic() - pressed[0] < 1
+    assert time.monotonic() - pressed[0] < 1 and [*used, in_use()] == [devices == "cpu,cpu", False]
     memory.interrupt_current_processing(False)
     assert difference(decode(wan, latent, config), stock) < TOLERANCE
 
@@ -228,7 +229,7 @@ def test_without_memory_for_the_whole_it_decodes_in_tiles(wan, latent, devices, 
         tiled = decode(wan, latent, DecodeConfig("auto", devices, **TILES))
         assert "in tiles on cpu" in caplog.text
         monkeypatch.setattr("skein.vae.decode.frames_of", full)
-        monkeypatch.setattr("skein.vae.remote.decode_strips", full)
+        monkeypatch.setattr("skein.vae.shared.decode_strips", full)
         again = decode(wan, latent, DecodeConfig("whole", devices, **TILES))
     assert torch.equal(tiled, again) and "memory ran out" in caplog.text
     assert difference(tiled, stock_tiled(wan, latent, DecodeConfig(**TILES))) < TOLERANCE

@@ -20,11 +20,11 @@ from checkpoints import SMALL, random_model, text
 from skein import engine
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
-from skein.parallel import GroupError, group, release
-from skein.parallel.machines import ENDPOINT, NODES, machines
 from skein.plan import ParallelConfig
+from skein.workers import GroupError, group, release
+from skein.workers.environment import ENDPOINT, NODES, machines
 
-LAUNCHER = Path(__file__).resolve().parents[2] / "worker" / "launch.py"
+LAUNCHER = Path(__file__).resolve().parents[2] / "workers" / "process" / "launch.py"
 
 
 class Joiner:

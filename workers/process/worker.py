@@ -11,20 +11,18 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from .. import devices, engine
-from ..estimate import Load, room_bytes
-from ..files import CONTENTS, Watched, changes
-from ..models import OPTIONS, Network, entry_of, first_tensor
-from ..parallel.mesh import Mesh
-from ..parallel.recipe import import_patches, inference_type
-from ..patchers import Kept, keep
-from ..plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan
-from ..vae.estimate import room
+from ... import devices, engine
+from ...estimate import Load, room_bytes
+from ...files import CONTENTS, Watched, changes
+from ...models import OPTIONS, Network, entry_of, first_tensor
+from ...parallel.mesh import Mesh
+from ...patchers import Kept, keep
+from ...plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan
+from ...vae.memory import room
+from ..recipe import import_patches, inference_type
 from .decoder import Decoder
 from .weights import load_from_file
 
-# Kinds of messages, and methods of Worker.
-KINDS = ("load", "begin", "call", "end", "take_vae", "decode_strip", "decode_tile", "room", "make_room")
 CONFIGS = {
     "cache": CacheConfig, "attention": AttentionConfig, "fp8": FP8Config, "compile": CompileConfig,
     "parallel": ParallelConfig,
@@ -32,7 +30,7 @@ CONFIGS = {
 
 
 class Worker:
-    """The model of this rank, and the run in progress."""
+    """The model of this rank, and the run in progress. Its methods answer the questions of questions.py."""
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh

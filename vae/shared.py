@@ -13,11 +13,12 @@ from comfy.utils import ProgressBar
 from torch import Tensor
 
 from .. import live
-from ..parallel.group import Group, group_for, running_group
-from ..parallel.machines import machines
 from ..parallel.mesh import split
-from ..parallel.remote import CALL_SECONDS, LOAD_SECONDS, clear_own, shares, worker_setting
-from .estimate import tile_bytes
+from ..workers.environment import machines
+from ..workers.group import Group, group_for, running_group
+from ..workers.room import clear_own, shares
+from ..workers.wanted import worker_setting
+from .memory import tile_bytes
 from .strip import longer_side
 from .tiles import Tiling, blended, tiles_of
 
@@ -55,12 +56,9 @@ def workers(devices: tuple[str, ...], vae: Any) -> Group:
     if group is None:
         setting = worker_setting(devices, (0, 0))
         group = group_for(setting, memory.throw_exception_if_processing_interrupted)
-    if group.vae is None or group.vae() is not vae.first_stage_model:
-        group.vae = None
-        if not group.ask("take_vae", {"state": vae.get_sd(), "dtype": vae.vae_dtype}, LOAD_SECONDS):
-            _other_from_weights.add(vae.first_stage_model)
-            refuse(vae)
-        group.vae = weakref.ref(vae.first_stage_model)
+    if not group.vae.take(vae):
+        _other_from_weights.add(vae.first_stage_model)
+        refuse(vae)
     return group
 
 
@@ -68,7 +66,7 @@ def room(group: Group, need: int, own: torch.device) -> int:
     """Bytes free on the fullest of the group's devices; this process leaves its own if that is needed."""
 
     def least() -> int:
-        return min(answer["free"] for answer in group.ask_all("room", {}, CALL_SECONDS).values())
+        return min(answer["free"] for answer in group.ask_all("room", {}).values())
 
     free = least()
     if free < need and shares(group, own):
@@ -83,7 +81,7 @@ def decode_strips(group: Group, vae: Any, latent: Tensor, need: int) -> Tensor:
     bar = ProgressBar(latent.shape[0] * vae.upscale_ratio[0](latent.shape[2]))
     question = {"latent": latent, "dim": dim, "parts": split(latent.shape[dim], world), "need": need}
     with _working(group):
-        answers = group.ask_all("decode_strip", question, CALL_SECONDS, bar.update)
+        answers = group.ask_all("decode_strip", question, bar.update)
     strips = [answers[rank] for rank in range(world)]
     side = dim - 1  # colours come last
     shape = list(strips[0].shape)
@@ -105,7 +103,7 @@ def decode_tiles(group: Group, vae: Any, latent: Tensor, tiling: Tiling) -> Tens
             latents = [tiles.popleft() for _ in range(min(len(tiles), len(group.setting.devices)))]
             need = max(tile_bytes(vae, each.shape) for each in latents)
             question = {"latents": latents, "need": need, "last": not tiles}
-            answers = group.ask_all("decode_tile", question, CALL_SECONDS)
+            answers = group.ask_all("decode_tile", question)
             decoded.extend(answers[rank] for rank in range(len(latents)))
         bar.update(1)
         return decoded.popleft()
@@ -118,7 +116,8 @@ def decode_tiles(group: Group, vae: Any, latent: Tensor, tiling: Tiling) -> Tens
 def _working(group: Group) -> Iterator[None]:
     """Within: the workers decode. Afterwards, an interrupt included, they are shown as ready, if they are there."""
     try:
-        yield
+        with group.used():
+            yield
     finally:
         if not group.closed:
             live.workers_stand(live.READY)

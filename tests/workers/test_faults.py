@@ -21,8 +21,8 @@ from checkpoints import SMALL, random_model, text
 from skein import engine
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
-from skein.parallel import GroupError, group, release
 from skein.plan import CacheConfig, ParallelConfig
+from skein.workers import GroupError, group, in_use, release
 
 DEVICES = os.environ.get("SKEIN_DEVICES", "cpu,cpu")
 ON_CPU = DEVICES == "cpu,cpu"
@@ -150,17 +150,19 @@ def test_one_rank_alone_fails(model, expected, kind, error, message, _round, mon
 
 
 def test_an_interrupt_returns_at_once_and_the_workers_stay(model, expected, _round):
+    """And nobody uses them any more, so that they may be released."""
     run(model)
-    pids, pressed = dict(group._group.pids), []
+    pids, pressed, used = dict(group._group.pids), [], [in_use()]
 
     def press():
+        used.append(in_use())
         pressed.append(time.monotonic())
         memory.interrupt_current_processing(True)
 
     later(1.0, press)
     with pytest.raises(memory.InterruptProcessingException):
         run(model, **SLOW)
-    assert time.monotonic() - pressed[0] < 1
+    assert time.monotonic() - pressed[0] < 1 and [*used, in_use()] == [False, True, False]
     memory.interrupt_current_processing(False)
     assert relative_error(run(model), expected) < TOLERANCE and group._group.pids == pids
 
@@ -172,10 +174,10 @@ def test_an_interrupted_run_ends_in_the_workers_too(model):
     with pytest.raises(memory.InterruptProcessingException):
         sample(engine.edit(model, parallel=TWO, cache=CacheConfig(threshold=0.5)), **{**SLOW, "steps": 50})
     memory.interrupt_current_processing(False)
-    told, connection = [], group._group._channels[0].connection
+    told, connection = [], group._group.conversation.channels[0].connection
     while "run" not in told:  # it is told when its tensors have been dropped
         assert connection.poll(60), told
-        told.append(group._group._channels[0].receive()[0])
+        told.append(group._group.conversation.channels[0].receive()[0])
     release()
 
 

@@ -21,14 +21,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import devices, report
-from ..out_of_memory import is_out_of_memory
-from ..parallel.exchange import join
-from ..parallel.mesh import Mesh
-from ..parallel.protocol import EVERYBODY, decode, size_of
-from ..parallel.transport import Channel
-from . import machines
-from .worker import KINDS, Worker
+from ... import devices, report
+from ...out_of_memory import is_out_of_memory
+from ...parallel.exchange import join
+from ...parallel.mesh import Mesh
+from ..protocol import decode, size_of
+from ..questions import QUESTIONS
+from ..transport import Channel
+from . import rendezvous
+from .worker import Worker
 
 PATIENCE = timedelta(hours=1)  # for a collective; ComfyUI's process has deadlines of its own, and ends a stuck group
 FOREVER = timedelta(days=3650)  # for the next message
@@ -40,13 +41,13 @@ def serve(settings: dict, store: dist.Store) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=f"[{rank}] %(message)s", force=True)
     channel = None if settings["node"] else Channel(Connection(settings["channel"]))
-    tell = channel.send if channel else partial(machines.last_words, settings, rank)
+    tell = channel.send if channel else partial(rendezvous.last_words, settings, rank)
     with ended_by_failure(tell), torch.inference_mode():
         if channel is None:
-            machines.keep_saying_alive(settings, rank)
+            rendezvous.keep_saying_alive(settings, rank)
         elif rank == 0 and settings["nodes"] > 1:
             away = range(int(os.environ["LOCAL_WORLD_SIZE"]), world)
-            machines.watch(machines.open_store(settings), away, channel.send)
+            rendezvous.watch(rendezvous.open_store(settings), away, channel.send)
         device = memory.get_torch_device()
         join(device, PATIENCE, store, rank, world)
         mesh = Mesh(device, tuple(settings["degrees"]), PATIENCE)
@@ -67,7 +68,7 @@ def answer_question(worker: Worker, channel: Channel | None, mail: Any) -> str:
     """
     first = channel if worker.mesh.rank == 0 else None
     kind, value = decode(*hand_out(first, worker.mesh, mail))
-    assert kind in KINDS
+    question = QUESTIONS[kind]
     try:
         answer = getattr(worker, kind)(**value)
     except Exception as error:
@@ -78,7 +79,7 @@ def answer_question(worker: Worker, channel: Channel | None, mail: Any) -> str:
         return kind
     if kind != "call":
         tell_memory(worker.mesh, mail)  # and so done on every rank
-    if channel and (first or kind in EVERYBODY):
+    if channel and (first or question.everybody):
         channel.send("done", answer)
     return kind
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from skein.vae.estimate import whole_bytes
 from skein.vae.families import FAMILIES
+from skein.vae.memory import whole_bytes
 
 GIB = 2**30
 SIZE = (1, 16, 33, 90, 160)  # 129 frames of 1280 x 720

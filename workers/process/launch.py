@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 BOOTSTRAP = Path(__file__).resolve().parent / "bootstrap.py"
-PACK = BOOTSTRAP.parent.parent
+PACK = BOOTSTRAP.parents[2]
 LOOK_SECONDS = 0.1
 
 

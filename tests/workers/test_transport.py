@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from skein.parallel.transport import HANDLES, SMALLEST, Channel, nameless_file
+from skein.workers.transport import HANDLES, SMALLEST, Channel, nameless_file
 
 ECHO = """
 import sys
@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 sys.path.insert(0, sys.argv[2])
 from pack import load_pack
 load_pack()
-from skein.parallel.transport import Channel
+from skein.workers.transport import Channel
 channel = Channel(Connection(int(sys.argv[1])))
 while True:
     kind, value = channel.receive()

@@ -21,11 +21,13 @@ from comfy_extras.nodes_easycache import EasyCacheNode
 from skein import engine, live
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
-from skein.parallel import GroupError, release
-from skein.parallel.group import running_group
-from skein.parallel.remote import _proxy_of, _take_off, clear_own
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig
 from skein.report import recent_runs
+from skein.workers import GroupError, release
+from skein.workers.delegation import _take_off
+from skein.workers.group import running_group
+from skein.workers.proxy import proxy_of
+from skein.workers.room import clear_own
 from small_models import HUNYUAN_VIDEO_15, around_each_call, around_the_text
 
 TOLERANCE = 2e-6
@@ -200,7 +202,7 @@ def test_the_proxy_takes_no_memory(models):
     """Also after ComfyUI has loaded it, which fills what it finds on the meta device."""
     model = models(2)
     sample(engine.edit(model, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
-    network = running_group().holder.model.diffusion_model
+    network = running_group().model.proxy.model.diffusion_model
     assert [each.shape for each in network.parameters()] == [
         each.shape for each in model.model.diffusion_model.parameters()
     ]
@@ -212,12 +214,12 @@ def test_conditionings_share_a_call_where_the_workers_have_memory_for_it(models,
     model, guided = models(2), dict(positive=text(7), negative=text(7, seed=4), cfg=3.0, **SMALL)
     one, calls = sample(model, **guided), []
     for need in (0.0, 1e18):
-        monkeypatch.setattr("skein.parallel.remote.room_bytes", lambda *_, need=need: need)
+        monkeypatch.setattr("skein.workers.proxy.room_bytes", lambda *_, need=need: need)
         many = sample(engine.edit(model, parallel=ParallelConfig("cpu,cpu")), **guided)
         assert relative_error(many, one) < TOLERANCE
         calls.append(running_group().last_run["calls"])
-        asked = running_group().holder.model.memory_required  # by ComfyUI for its own process, when it does not sample
-        assert asked(SMALL["shape"]) == 0
+        proxy = running_group().model.proxy
+        assert proxy.model.memory_required(SMALL["shape"]) == 0  # for ComfyUI's own process, when it does not sample
     assert calls[1] == 2 * calls[0]
 
 
@@ -229,7 +231,7 @@ def test_workers_outlive_the_next_model_where_comfyui_unloads_all_that_it_does_n
     sample(engine.edit(model, parallel=two), text(7), **SMALL)
     workers = running_group()
     memory.free_memory(1, torch.device("cpu"))
-    assert running_group() is workers and not workers.resident
+    assert running_group() is workers and not workers.model.resident
     assert relative_error(sample(engine.edit(model, parallel=two), text(7), **SMALL), one) < TOLERANCE
     assert running_group() is workers
 
@@ -237,14 +239,15 @@ def test_workers_outlive_the_next_model_where_comfyui_unloads_all_that_it_does_n
 def test_workers_on_other_devices_than_comfyuis_are_left_alone_when_that_is_short(models, monkeypatch):
     """There are two kinds of device, which cannot be here."""
     model, other = models(2), models(3)
-    monkeypatch.setattr("skein.parallel.remote.shares", lambda group, device: False)
+    for module in ("delegation", "proxy"):
+        monkeypatch.setattr(f"skein.workers.{module}.shares", lambda group, device: False)
     memory.load_models_gpu([other])
     sample(engine.edit(model, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
     assert any(entry.model is other for entry in memory.current_loaded_models)
     workers = running_group()
     monkeypatch.setattr(memory, "get_free_memory", lambda _, torch_free_too=False: (0, 0) if torch_free_too else 0)
     memory.free_memory(1, torch.device("cpu"))
-    assert running_group() is workers and workers.resident
+    assert running_group() is workers and workers.model.resident
 
 
 def test_a_method_that_another_pack_has_put_on_the_model_is_refused(models):
@@ -360,13 +363,13 @@ def test_this_process_makes_room_for_calls_where_they_need_it(models, monkeypatc
     run()
     memory.load_models_gpu([other])
     assert run()  # the workers have their model, and there is room for calls
-    monkeypatch.setattr("skein.parallel.remote.room_bytes", lambda *_: 1e18)
+    monkeypatch.setattr("skein.workers.proxy.room_bytes", lambda *_: 1e18)
     assert not run()
 
 
 def test_the_proxy_is_asked_for_memory_as_comfyui_asks_its_models(models, monkeypatch):
     """By name, by place, and with what next month's ComfyUI hands over too."""
-    proxy, shape = _proxy_of(models(2)), [2, 16, 3, 8, 6]
+    proxy, shape = proxy_of(models(2)), [2, 16, 3, 8, 6]
     assert proxy.root.memory_required(shape) == 0  # to make room in this process
     monkeypatch.setitem(vars(proxy.model), "current_patcher", proxy.root)  # it samples
     asked = proxy.model.memory_required

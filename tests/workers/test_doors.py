@@ -21,8 +21,8 @@ from checkpoints import SMALL, random_model, text
 from skein import engine
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
-from skein.parallel import group, release
 from skein.plan import CPU_PROCESSES, ParallelConfig
+from skein.workers import group, release
 from torch.distributed import TCPStore
 
 STRANGER = Path(__file__).parent / "stranger.py"

@@ -12,8 +12,8 @@ from checkpoints import SMALL, random_model, text
 from skein import engine
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
-from skein.parallel import GroupError, group, release
 from skein.plan import ParallelConfig
+from skein.workers import GroupError, group, release
 from small_models import save_random_hunyuan_video
 
 TWO = ParallelConfig("cpu,cpu")

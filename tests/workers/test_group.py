@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from skein.parallel import group, setting
+from skein.workers import group, setting
 
 OLD, NEW = setting.ALLOCATOR
 

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-import machines  # beside this script
+import rendezvous  # beside this script
 
-PACK = Path(__file__).resolve().parent.parent
+PACK = Path(__file__).resolve().parents[2]
 
 
 def end_with_launcher() -> None:
@@ -55,15 +55,15 @@ def main() -> None:
     faulthandler.enable()
     end_with_launcher()
     settings = json.loads(os.environ.pop("SKEIN_WORKER"))
-    machines.bind_to_one_network(settings)
-    store = machines.open_store(settings)
+    rendezvous.bind_to_one_network(settings)
+    store = rendezvous.open_store(settings)
     if settings["nodes"] > 1:
-        settings = machines.meet(settings, store)
+        settings = rendezvous.meet(settings, store)
     prepare_comfyui(settings)
     pack = ModuleType("skein")
     pack.__path__ = [str(PACK)]
     sys.modules["skein"] = pack
-    from skein.worker.serve import serve
+    from skein.workers.process.serve import serve
 
     serve(settings, store)
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..attributes import changed
-from ..parallel.recipe import load
+from ...attributes import changed
+from ..recipe import load
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -26,7 +26,7 @@ MAPS = Path("/proc/self/maps")
 
 
 def load_from_file(recipe: dict[str, Any]) -> "ModelPatcher":
-    """The model of a recipe (parallel/recipe.py) on the CPU, its weights in the file's memory.
+    """The model of a recipe (recipe.py) on the CPU, its weights in the file's memory.
 
     They go back there, uncopied, when ComfyUI takes the model or a part of it off the device.
     """

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 VERSION = 1
-EVERYBODY = ("begin", "end", "decode_strip", "decode_tile", "room", "make_room")  # questions that every rank answers
 ALIGNMENT = 64  # bytes: where tensors start
 
 Spec = tuple[int, tuple[int, ...], str]  # of a tensor: first byte, shape, type
