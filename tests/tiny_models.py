@@ -172,8 +172,8 @@ _ALL_CASES = {
         "Flux", FLUX, IMAGE, (7, 48), 64,
         {"reference_latents": _reference(1, 16, 8, 8), "reference_latents_method": "offset"},
     ),
-    "FLUX.2": Case("Flux2", FLUX2, (1, 128, 6, 5), (512, 48)),
-    "Chroma": Case("Chroma", CHROMA, IMAGE, (7, 48)),
+    "FLUX.2": Case("Flux2", FLUX2, (1, 128, 6, 5), (512, 48), 64),  # ComfyUI before 0.30 asks for a pooled output,
+    "Chroma": Case("Chroma", CHROMA, IMAGE, (7, 48), 64),  # and does not use it
     "SD3": Case("SD3", SD3, IMAGE, (7, 48), 64),
     "SD3.5 medium": Case("SD3", SD3 | dict(x_block_self_attn_layers=[0, 1]), IMAGE, (7, 48), 64),
     "Mochi": Case("GenmoMochi", MOCHI, (1, 12, 3, 8, 6), (256, 64), extra={"attention_mask": _mask(256, 11)}),

@@ -5,6 +5,7 @@ through ComfyUI's sampler. Sharing over ranks is in test_ranks.py.
 from pathlib import Path
 from types import SimpleNamespace
 
+import comfyui_version
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -85,7 +86,7 @@ def test_width_and_heads_are_those_of_the_blocks(model):
 def test_the_table_in_the_readme_is_true(model):
     """Of what the other tests here and in test_ranks.py show."""
     rows = [line.strip("| ").split(" | ") for line in README.read_text().splitlines() if line.startswith("| ")]
-    (cells,) = [cells for names, *cells in rows if model.name in names.split(", ")]
+    (cells,) = [cells for names, *cells in rows if model.name in names.split(", ") and len(cells) == len(PLANS)]
     refuses = Network(model.patcher.model.diffusion_model).architecture.refuses
     works = {name: name not in refuses for name in ("cache", "attention", "compile", "fp8", "parallel")}
     works["fp8"] &= model.name not in NOT_QUANTIZED
@@ -137,8 +138,13 @@ def test_a_reused_call_is_what_a_computed_one_would_be(model):
 def test_everything_together(model):
     names = [name for name in ("cache", "attention", "fp8", "compile") if not refused(model, name)]
     plan = {name: PLANS[name] for name in names} | {"cache": CacheConfig(threshold=0.9, order=0)}
+    try:
+        stock = sample(model.case, model.patcher, steps=4, cfg=3.0, near=True)
+    except RuntimeError as error:
+        assert (model.name, comfyui_version.__version__) == ("HunyuanVideo image to video", "0.16.3")
+        pytest.skip(f"this ComfyUI does not sample it with two conditionings in a call: {error}")
     out = sample(model.case, engine.edit(model.patcher, **plan), steps=4, cfg=3.0, near=True)
-    error = relative_error(out, sample(model.case, model.patcher, steps=4, cfg=3.0, near=True))
+    error = relative_error(out, stock)
     print(f"{model.name}: {recent_runs()[-1].reused} calls reused, error {error:.2f}")
     assert error < 0.5 and recent_runs()[-1].reused > 0
 
