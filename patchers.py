@@ -61,16 +61,21 @@ def own_network(patcher: ModelPatcher) -> Any:
     return patcher.object_patches_backup.get("diffusion_model", patcher.model.diffusion_model)
 
 
+def loaded_entries() -> list[Any]:
+    """ComfyUI's books of what is loaded, without those of patchers that are gone."""
+    return [entry for entry in memory.current_loaded_models if entry.model is not None]
+
+
 def unload(patcher: ModelPatcher) -> None:
     """Take a model off its device, with all patches off its weights."""
-    loaded = [entry for entry in memory.current_loaded_models if entry.model is not None]
+    loaded = loaded_entries()
     for entry in [entry for entry in loaded if patcher.is_clone(entry.model)]:
         memory.free_memory(1e30, entry.device, keep_loaded=[other for other in loaded if other is not entry])
 
 
 def is_loaded(model: nn.Module) -> bool:
     """Whether ComfyUI has the model in its books."""
-    return any(entry.model is not None and entry.model.model is model for entry in memory.current_loaded_models)
+    return any(entry.model.model is model for entry in loaded_entries())
 
 
 @contextmanager

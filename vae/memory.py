@@ -6,6 +6,7 @@ from typing import Any
 import comfy.model_management as memory
 import torch
 
+from ..patchers import loaded_entries
 from ..workers.room import is_proxy
 from .families import Family
 from .layers import SCORES
@@ -38,6 +39,5 @@ def tile_bytes(vae: Any, tile: Sequence[int]) -> int:
 def room(device: torch.device) -> int:
     """Bytes on a device that are free, or could be without the models that this process has there. Not counted: what
     workers have (workers/proxy.py), who are asked for it."""
-    loaded = [entry for entry in memory.current_loaded_models if entry.device == device and entry.model is not None]
-    loaded = [entry for entry in loaded if not is_proxy(entry.model.model)]
+    loaded = [entry for entry in loaded_entries() if entry.device == device and not is_proxy(entry.model.model)]
     return int(memory.get_free_memory(device) + sum(entry.model_loaded_memory() for entry in loaded))

@@ -19,6 +19,8 @@ from ..plan import Plan
 from ..report import show
 from .conversation import GroupError
 from .group import Group, group_for, release, running_group
+from .held import HeldModel
+from .keeping import need_of
 from .options import plain
 from .protocol import NotPlain
 from .proxy import Proxy, proxy_of
@@ -43,12 +45,10 @@ def delegated(plan: Plan, guider, seam: Seam) -> Iterator[None]:
     started = time.perf_counter()
     try:
         group = group_for(setting, memory.throw_exception_if_processing_interrupted)
-        with group.used():
-            _load(group, recipe, proxy, source, plan, started)
+        with group.used(), group.models.run(_loaded(group, recipe, source, plan, started), proxy) as model:
             kept = [key for key in KEYS if is_kept(source, key)]
-            told = group.model.begin(
-                asdict(plan), patches, source.patches_uuid, dtype=inference_type(source), kept=kept
-            )
+            how = {"dtype": inference_type(source), "kept": kept}
+            told = group.models.begin(model, asdict(plan), patches, source.patches_uuid, **how)
             proxy.begins(plan, len(setting.devices) * setting.nodes, told)
             caller = _Caller(group, proxy, source.load_device)
             conflicts.watch(guider.model_options["transformer_options"], "parallel", proxy.root)
@@ -58,7 +58,7 @@ def delegated(plan: Plan, guider, seam: Seam) -> Iterator[None]:
             except BaseException:
                 group.end_run()  # else they would keep its hidden states until the next one
                 raise
-            group.last_run = caller.figures(group.model.end())
+            group.last_run = caller.figures(group.models.end(model))
         for rank, seconds in enumerate(group.last_run["exchange_s"]):
             live.workers_changed(rank, exchange_share=seconds / max(caller.seconds, 1e-9))
         show(config.node_id, "; ".join(filter(None, [caller.summary(), what])))
@@ -79,7 +79,7 @@ def _look_at_files(setting: Setting, recipe: dict, source: ModelPatcher) -> str:
     Raises ValueError if others would have to read them.
     """
     group = running_group()
-    if group is None or group.setting != setting or group.model.recipe != recipe:
+    if group is None or group.setting != setting or group.models.find(recipe) is None:
         require_unchanged(source, "Context Parallel")
     what = changes(recipe["files"])
     if what:
@@ -95,20 +95,26 @@ def _take_off(source: ModelPatcher) -> None:
         source.model.device = torch.device("cpu")
 
 
-def _load(group: Group, recipe: dict, proxy: Proxy, source: ModelPatcher, plan: Plan, started: float) -> None:
-    """Have the model in the workers. started: when they were asked for."""
-    model = group.model
-    if shares(group, source.load_device) and (model.recipe != recipe or not model.resident):
+def _loaded(group: Group, recipe: dict, source: ModelPatcher, plan: Plan, started: float) -> HeldModel:
+    """The model in the workers, which load it if they do not have it. started: when they were asked for."""
+    assert plan.parallel is not None
+    models, devices = group.models, group.setting.devices
+    model = models.find(recipe)
+    there = model is not None and model is models.last and models.on_devices
+    if shares(group, source.load_device) and not there:
         clear_own(source.load_device)
-    if model.recipe != recipe:
-        assert plan.parallel is not None
-        show(plan.parallel.node_id, f"loading the model in {len(group.pids)} workers")
-        model.load(recipe)
+    if model is not None:
+        return model
+    show(plan.parallel.node_id, f"loading the model in {len(group.pids)} workers")
+    model = models.load(recipe, need_of(source, recipe, plan, "cpu" in devices))
+    try:
         require_unchanged(source, "Context Parallel")
-        model.recipe = recipe
-        seconds, devices = time.perf_counter() - started, ", ".join(group.setting.devices)
-        logger.info("Skein workers: %d ready in %.1f s (%s)", len(group.pids), seconds, devices)
-    model.proxy = proxy
+    except ValueError:
+        models.forget(model)
+        raise
+    seconds = time.perf_counter() - started
+    logger.info("Skein workers: %d ready in %.1f s (%s)", len(group.pids), seconds, ", ".join(devices))
+    return model
 
 
 class _Caller:

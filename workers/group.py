@@ -21,7 +21,7 @@ import torch
 
 from .. import live
 from .conversation import Conversation, Failed, GroupError, Progress, Refused
-from .held import HeldModel, HeldVAE
+from .held import HeldModels, HeldVAE
 from .setting import Setting, launch
 
 logger = logging.getLogger("skein")
@@ -42,7 +42,7 @@ class Group:
         self.setting = setting
         self.closed = self.in_use = False
         asked: Any = weakref.proxy(self)  # or it would outlive its end, until the garbage collector comes
-        self.model = HeldModel(asked)
+        self.models = HeldModels(asked)
         self.vae = HeldVAE(asked)
         self.last_run: dict = {}
         self.pids: dict[int, int] = {}
@@ -104,7 +104,7 @@ class Group:
 
     def give_room(self) -> int:
         """Have the workers take their models off the devices; bytes that this frees where it frees least."""
-        self.model.resident = False
+        self.models.on_devices = 0.0
         return min(answer["freed"] for answer in self.ask_all("make_room", {}).values())
 
     @property
@@ -198,12 +198,10 @@ def in_use() -> bool:
     return group is not None and group.in_use
 
 
-def release(holder: object = None) -> bool:
-    """End the workers, if there are any and they have the holder's model (None: anybody's); whether it was so."""
+def release() -> bool:
+    """End the workers; whether there were any."""
     global _group
-    group = _group
-    if group is None or (holder is not None and group.model.proxy is not holder):
-        return False
-    _group = None
-    group.close()
-    return True
+    group, _group = _group, None
+    if group is not None:
+        group.close()
+    return group is not None

@@ -1,10 +1,15 @@
-"""What the workers hold for ComfyUI's process: a model, and a VAE. What is known of it here, and asked about it."""
+"""What the workers hold for ComfyUI's process: models, and a VAE. What is known of it here, and asked about it."""
 
+import itertools
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .. import live
 from ..files import LOAD_AGAIN
+from ..patchers import is_loaded
+from .keeping import Need, lacking, takes_memory
 
 if TYPE_CHECKING:
     from .group import Group
@@ -13,46 +18,118 @@ if TYPE_CHECKING:
 
 
 class HeldModel:
-    """The model that the workers have.
+    """A model that the workers have.
 
-    recipe: how they have loaded it; None if they have none. proxy: what stands for it in ComfyUI's books. resident:
-    whether it is on the devices, as far as this process has asked for it.
+    key: its name in questions. recipe: how they have loaded it, all of them if `loaded`. proxies: what stands for it in
+    ComfyUI's books: one for each model there that was loaded by this recipe. proxy: that of its last run, which lives
+    as long as this. patches: the uuid of those on the weights; None: not known.
     """
 
-    def __init__(self, group: "Group"):
-        self.recipe: dict | None = None
+    def __init__(self, key: int, recipe: dict):
+        self.key, self.recipe, self.loaded = key, recipe, False
+        self.proxies: weakref.WeakSet[Proxy] = weakref.WeakSet()
         self.proxy: Proxy | None = None
-        self.resident = False
+        self.patches: Any = None
+
+
+class HeldModels:
+    """All of them. running: the one whose run is in progress. on_devices: bytes that the workers have of models on each
+    device, as far as this process has asked for it."""
+
+    def __init__(self, group: "Group"):
+        self.running: HeldModel | None = None
+        self.on_devices = 0.0
         self._group = group
-        self._patches: Any = None  # the uuid of those on it; None: not known
+        self._keys = itertools.count()
+        self._models: list[HeldModel] = []  # the least recently used one first
 
-    def load(self, recipe: dict | None) -> None:
-        """Have the workers load a model, in the place of the one before; None: no other."""
-        self.recipe = self._patches = None
-        self._group.ask("load", {"recipe": recipe})
+    def find(self, recipe: dict) -> HeldModel | None:
+        """The one that was loaded by a recipe."""
+        return next((each for each in self._models if each.loaded and each.recipe == recipe), None)
 
-    def begin(self, plan: dict, patches: "Patches", patches_uuid: Any, **how: Any) -> dict[int, dict]:
+    def of(self, proxy: "Proxy") -> HeldModel | None:
+        """The one that a proxy stands for."""
+        return next((each for each in self._models if proxy in each.proxies), None)
+
+    @property
+    def last(self) -> HeldModel | None:
+        """The one that was used last."""
+        return self._models[-1] if self._models else None
+
+    def load(self, recipe: dict, need: Need) -> HeldModel:
+        """Have the workers load a model beside those that they have, as far as memory allows (keeping.lacking)."""
+        for held in [each for each in self._models if not each.loaded or not each.proxies]:
+            self.forget(held)  # interrupted while it was loaded, or of no model that ComfyUI still has
+        while self._models and lacking(told := self._group.ask_all("holdings", {}), need):
+            gains = [each for each in self._models if takes_memory(told, each.key, need)]
+            if not gains:
+                break
+            self.forget(gains[0])
+        held = HeldModel(next(self._keys), recipe)
+        self._models.append(held)
+        self._group.ask("load", {"model": held.key, "recipe": recipe})
+        held.loaded = True
+        return held
+
+    def forget(self, held: HeldModel) -> None:
+        """Have the workers drop a model."""
+        self._models.remove(held)
+        self._group.ask("forget", {"model": held.key})
+
+    def let_go(self, proxy: "Proxy") -> bool:
+        """ComfyUI has unloaded a proxy: the workers drop its model, if no other stands for it. False: they are to be
+        ended, because ComfyUI has none of the others, or they are in a run of it."""
+        held = self.of(proxy)
+        if held is None:
+            return True
+        held.proxies.discard(proxy)
+        if held.proxy is proxy:
+            held.proxy = None
+        if held.proxies:
+            return True
+        others = [proxy for each in self._models if each is not held for proxy in each.proxies]
+        if held is self.running or not any(is_loaded(other.model) for other in others):
+            return False
+        self.forget(held)
+        return True
+
+    @contextmanager
+    def run(self, held: HeldModel, proxy: "Proxy") -> Iterator[HeldModel]:
+        """Within: a run of a model is in progress, in whose place ComfyUI has this proxy."""
+        self._models.remove(held)
+        self._models.append(held)
+        held.proxies.add(proxy)
+        held.proxy, self.running = proxy, held
+        try:
+            yield held
+        finally:
+            self.running = None
+
+    def begin(self, held: HeldModel, plan: dict, patches: "Patches", uuid: Any, **how: Any) -> dict[int, dict]:
         """Have the workers begin a run (Worker.begin), with these patches on the weights; what each tells.
 
         Raises ValueError if the model's file has been written to.
         """
-        changed = self._patches != patches_uuid
-        self._patches = None
-        question = {"plan": plan, "patches": patches if changed else None, **how}
-        told = self._refuse_overwritten(self._group.ask_all("begin", question))
-        self._patches, self.resident = patches_uuid, True
+        changed = held.patches != uuid
+        held.patches = None
+        question = {"model": held.key, "plan": plan, "patches": patches if changed else None, **how}
+        told = self._refuse_overwritten(held, self._group.ask_all("begin", question))
+        held.patches = uuid
+        self.on_devices = max(each["weights"] for each in told.values())
         return told
 
-    def end(self) -> dict[int, dict]:
+    def end(self, held: HeldModel) -> dict[int, dict]:
         """Have the workers end the run; what each tells. Raises ValueError if the model's file has been written to."""
-        return self._refuse_overwritten(self._group.ask_all("end", {}))
+        told = self._refuse_overwritten(held, self._group.ask_all("end", {}))
+        self.on_devices = min(each["loaded"] for each in told.values())
+        return told
 
-    def _refuse_overwritten(self, told: dict[int, dict]) -> dict[int, dict]:
+    def _refuse_overwritten(self, held: HeldModel, told: dict[int, dict]) -> dict[int, dict]:
         """Raises ValueError if a file that the workers have mapped has been written to: its model goes."""
         paths = sorted({path for each in told.values() for path in each["overwritten"]})
         if not paths:
             return told
-        self.load(None)
+        self.forget(held)
         live.workers_stand(live.READY)
         raise ValueError(
             f"{', '.join(paths)} was written to while Context Parallel's workers had the model's weights in it, which "

@@ -3,7 +3,8 @@ workers. ComfyUI's sampling code finds everything that it asks of a model, loads
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management as memory
@@ -17,10 +18,14 @@ from ..models import Network, entry_of, share
 from ..patchers import clone_over, unload
 from ..plan import PLAN_KEY, Plan
 from .conversation import GroupError
-from .group import in_use, release, running_group
+from .group import release, running_group
 from .room import PROXY_KEY, shares
 
 logger = logging.getLogger("skein")
+
+MORE = 1e29  # bytes: more than ComfyUI asks of a model that it does not unload
+
+_unloaded: "Proxy | None" = None  # the last one; it must not go while ComfyUI is at its books
 
 
 def proxy_of(source: ModelPatcher) -> "Proxy":
@@ -32,16 +37,15 @@ def proxy_of(source: ModelPatcher) -> "Proxy":
 
 
 class Proxy:
-    """The second model, and ComfyUI's books about it: when ComfyUI unloads it, the workers end; when ComfyUI asks for
-    some of its memory, they give that and stay.
+    """The second model, and ComfyUI's books about it: when ComfyUI unloads it, the workers drop the model, or end if it
+    is their last; when ComfyUI asks for some of its memory, they give what they have on the devices, and keep it.
 
-    size: bytes of the weights on each device. spare: bytes that can be free beside them on the fullest.
+    spare: bytes that can be free beside the weights on the fullest of the devices.
     """
 
     def __init__(self, source: ModelPatcher):
         unload(source)
-        self.size, self.spare = memory.module_size(source.model), 0.0
-        self.plan, self.world = Plan(), 1
+        self.spare, self.plan, self.world = 0.0, Plan(), 1
         self.model: Any = share(source.model)
         network: Any = self.model.diffusion_model
         _empty(network)
@@ -61,7 +65,6 @@ class Proxy:
     def begins(self, plan: Plan, world: int, told: dict[int, dict]) -> None:
         """A run begins, of which the workers have told their memory (Worker.begin)."""
         self.plan, self.world = plan, world
-        self.size = max(each["weights"] for each in told.values())
         self.spare = min(each["spare"] for each in told.values())
 
     def need(self, latent: Sequence[int]) -> float:
@@ -79,38 +82,59 @@ class Proxy:
         vars(patcher)["loaded_size"], vars(patcher)["partially_unload"] = self._held, self._give
         vars(patcher)["get_free_memory"] = lambda device: self.spare
 
-    def _held(self) -> int:
-        """Bytes that ComfyUI may ask for without ending the workers: what they have of the model on the device."""
+    def _held(self) -> float:
+        """Bytes that ComfyUI may ask for without unloading the proxy: all that the workers have on the device.
+
+        In a run of theirs nothing of it is asked, but that of another model they keep: for a proxy ComfyUI needs none.
+        """
         group = running_group()
-        idle = group is not None and group.model.proxy is self and group.model.resident and not group.in_use
-        return self.size if idle else 0
+        held = None if group is None else group.models.of(self)
+        if group is None or held is None or group.models.running is held:
+            return 0
+        return MORE if group.in_use else group.models.on_devices
 
     def _give(self, _device: Any, wanted: float, *_rest: Any, **_options: Any) -> float:
         """ComfyUI needs some of its device's memory: workers give theirs, and load again when they sample.
 
-        Raises nothing: ComfyUI is in the middle of its books. It ends workers that give too little; so those on other
-        devices, which have nothing to give, are said to have given what is wanted.
+        ComfyUI unloads what gives too little; so workers on other devices, which have nothing to give, or in a run of
+        another model, are said to have given what is wanted.
         """
         group = running_group()
-        if group is not None and not shares(group, self.root.load_device):
+        if group is None:
+            return 0
+        if group.in_use or not shares(group, self.root.load_device):
             return wanted
-        try:
-            return group.give_room() if group is not None else 0
-        except memory.InterruptProcessingException:
-            memory.interrupt_current_processing(True)  # for the next node
-        except (GroupError, torch.OutOfMemoryError) as error:
-            logger.warning("Skein workers: %s", error)
-        return 0
+        freed = 0
+        with _raising_nothing():
+            freed = group.give_room()
+        return freed
 
     def _detached(self, _patcher: ModelPatcher, unpatch_all: bool) -> None:
         """ComfyUI has unloaded the model: because somebody asked for it or for memory; or, with --disable-smart-memory,
-        because it loads another, and then the workers stay."""
-        if not unpatch_all:
+        because it loads another, and then the workers keep it."""
+        global _unloaded
+        group = running_group()
+        held = None if group is None else group.models.of(self)
+        if not unpatch_all or group is None or held is None:
             return
-        if not memory.DISABLE_SMART_MEMORY or in_use():
-            release(holder=self)
-        elif self._held():
-            self._give(None, 0)
+        _unloaded = self
+        with _raising_nothing():
+            if memory.DISABLE_SMART_MEMORY and group.models.running is not held:
+                if group.models.on_devices and not group.in_use:
+                    group.give_room()
+            elif not group.models.let_go(self):
+                release()
+
+
+@contextmanager
+def _raising_nothing() -> Iterator[None]:
+    """Within: what workers fail of is logged, and an interrupt put off; ComfyUI is in the middle of its books."""
+    try:
+        yield
+    except memory.InterruptProcessingException:
+        memory.interrupt_current_processing(True)  # for the next node
+    except (GroupError, torch.OutOfMemoryError) as error:
+        logger.warning("Skein workers: %s", error)
 
 
 def _without_workers(*_args: Any, **_kwargs: Any) -> None:

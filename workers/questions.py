@@ -21,7 +21,9 @@ class Question:
 
 
 QUESTIONS = {
+    "holdings": Question(LOADING, everybody=True),
     "load": Question(LOADING),
+    "forget": Question(READY),
     "begin": Question(LOADING, everybody=True),  # quantizes
     "call": Question(RUNNING),  # may compile
     "end": Question(READY, everybody=True),

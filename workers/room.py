@@ -5,6 +5,7 @@ from typing import Any
 import comfy.model_management as memory
 import torch
 
+from ..patchers import loaded_entries
 from .group import Group
 from .wanted import name_of
 
@@ -24,6 +25,5 @@ def is_proxy(model: Any) -> bool:
 def clear_own(device: torch.device, need: float = 1e30) -> None:
     """Unload what this process has on a device, all or until so many bytes are free, so that workers have room."""
     memory.soft_empty_cache()  # what ComfyUI counts as free there, but no other process can have
-    loaded = [entry for entry in memory.current_loaded_models if entry.model is not None]
-    proxies = [entry for entry in loaded if is_proxy(entry.model.model)]  # their unloading ends workers
+    proxies = [entry for entry in loaded_entries() if is_proxy(entry.model.model)]  # their unloading ends workers
     memory.free_memory(need, device, keep_loaded=proxies)

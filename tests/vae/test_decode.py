@@ -108,7 +108,7 @@ def test_the_group_that_samples_also_decodes_and_stays_warm(wan, latent, tmp_pat
         assert difference(decode(wan, latent, DecodeConfig()), stock) < TOLERANCE  # "all": where there are workers
         pids.append(dict(group._group.pids))
         # ComfyUI asks for a part of the model's memory, as before a decode of its own.
-        holder, loaded = group._group.model.proxy, memory.current_loaded_models
+        holder, loaded = group._group.models.last.proxy, memory.current_loaded_models
         (proxy,) = [entry for entry in loaded if vars(entry.model.model).get("_skein_proxy") is holder]
         assert proxy.model_loaded_memory() > 1e6
         assert not proxy.model_unload(0) and proxy.model_loaded_memory() == 0

@@ -202,7 +202,7 @@ def test_the_proxy_takes_no_memory(models):
     """Also after ComfyUI has loaded it, which fills what it finds on the meta device."""
     model = models(2)
     sample(engine.edit(model, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
-    network = running_group().model.proxy.model.diffusion_model
+    network = running_group().models.last.proxy.model.diffusion_model
     assert [each.shape for each in network.parameters()] == [
         each.shape for each in model.model.diffusion_model.parameters()
     ]
@@ -218,7 +218,7 @@ def test_conditionings_share_a_call_where_the_workers_have_memory_for_it(models,
         many = sample(engine.edit(model, parallel=ParallelConfig("cpu,cpu")), **guided)
         assert relative_error(many, one) < TOLERANCE
         calls.append(running_group().last_run["calls"])
-        proxy = running_group().model.proxy
+        proxy = running_group().models.last.proxy
         assert proxy.model.memory_required(SMALL["shape"]) == 0  # for ComfyUI's own process, when it does not sample
     assert calls[1] == 2 * calls[0]
 
@@ -231,7 +231,7 @@ def test_workers_outlive_the_next_model_where_comfyui_unloads_all_that_it_does_n
     sample(engine.edit(model, parallel=two), text(7), **SMALL)
     workers = running_group()
     memory.free_memory(1, torch.device("cpu"))
-    assert running_group() is workers and not workers.model.resident
+    assert running_group() is workers and not workers.models.on_devices
     assert relative_error(sample(engine.edit(model, parallel=two), text(7), **SMALL), one) < TOLERANCE
     assert running_group() is workers
 
@@ -247,7 +247,7 @@ def test_workers_on_other_devices_than_comfyuis_are_left_alone_when_that_is_shor
     workers = running_group()
     monkeypatch.setattr(memory, "get_free_memory", lambda _, torch_free_too=False: (0, 0) if torch_free_too else 0)
     memory.free_memory(1, torch.device("cpu"))
-    assert running_group() is workers and workers.model.resident
+    assert running_group() is workers and workers.models.on_devices
 
 
 def test_a_method_that_another_pack_has_put_on_the_model_is_refused(models):

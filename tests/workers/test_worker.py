@@ -22,7 +22,7 @@ def worker(tmp_path):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     with torch.inference_mode():
         worker = Worker(Mesh(torch.device("cpu"), (1, 1), timedelta(seconds=1)))
-        worker.load(recipe_of(random_model(tmp_path, 2)))
+        worker.load(0, recipe_of(random_model(tmp_path, 2)))
         yield worker
         worker.end()
     dist.destroy_process_group()
@@ -31,7 +31,7 @@ def worker(tmp_path):
 def interrupted(worker):
     """A run that nobody ends after its first call, as an interrupt leaves it; how many caches hold hidden states."""
     plan = Plan(cache=CacheConfig(0.1), parallel=ParallelConfig("cpu"))
-    worker.begin(asdict(plan), None, torch.float32, [])
+    worker.begin(0, asdict(plan), None, torch.float32, [])
     sigmas = torch.tensor([1.0, 0.5, 0.0])
     options = {"cond_or_uncond": [0], "uuids": ["a"], "sigmas": sigmas[:1], "sample_sigmas": sigmas}
     x, context, y = torch.randn(1, 16, 3, 8, 6), torch.randn(1, 7, 64), torch.randn(1, 768)

@@ -6,7 +6,8 @@ each weight into its Parameter. Here the Parameter takes what it would copy. A w
 pages of its own from the operating system. Files that are read otherwise (--disable-mmap) are in each worker's memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 MAPS = Path("/proc/self/maps")
+KNOWN_KEY = "_skein_in_file"  # on a module: its Parameters that lie in the file's memory, or go back there
+
+Weights = dict[str, tuple[Tensor, Tensor]]  # of a module, by name: a Parameter, and its data in the file's memory
+
+
+@dataclass
+class Held:
+    """Bytes of weights that no file has. device: those on a device, which would come to the host's memory. host: those
+    that are there."""
+
+    device: int = 0
+    host: int = 0
 
 
 def load_from_file(recipe: dict[str, Any]) -> "ModelPatcher":
@@ -37,11 +50,30 @@ def load_from_file(recipe: dict[str, Any]) -> "ModelPatcher":
     here = [each.data_ptr() for each in patcher.model.parameters() if each.device.type == "cpu"]
     files = [each for each in _memory_of_files() if any(address in each for address in here)]
     for module in patcher.model.modules():
-        weights: dict[str, tuple[Tensor, Tensor]] = {}
+        weights: Weights = {}
         _note(module, weights, files)
         if weights:
+            vars(module)[KNOWN_KEY] = weights
             vars(module)["_apply"] = partial(_apply, module, weights, files)
     return patcher
+
+
+def held_outside_of_files(patchers: Iterable["ModelPatcher"]) -> Held:
+    """What models that may share tensors take outside of the files that they were loaded from."""
+    files, held, seen = _memory_of_files(), Held(), set()
+    for patcher in patchers:
+        for prefix, module in patcher.model.named_modules():
+            known = vars(module).get(KNOWN_KEY, {})
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is None or tensor.data_ptr() in seen:
+                    continue
+                seen.add(tensor.data_ptr())
+                if tensor.device.type == "cpu":
+                    outside = not any(tensor.data_ptr() in each for each in files)
+                    held.host += tensor.nbytes if outside else 0
+                elif known.get(name, (None,))[0] is not tensor and f"{prefix}.{name}" not in patcher.backup:
+                    held.device += tensor.nbytes  # what is patched goes: ComfyUI has the weight as it was on the CPU
+    return held
 
 
 class _Taking(TorchFunctionMode):
@@ -76,7 +108,7 @@ def _memory_of_files() -> list[range]:
     return found
 
 
-def _note(module: nn.Module, weights: dict[str, tuple[Tensor, Tensor]], files: list[range]) -> None:
+def _note(module: nn.Module, weights: Weights, files: list[range]) -> None:
     """Note which of a module's own Parameters lie in files' memory now, and where: name -> Parameter, its data."""
     for name, parameter in module._parameters.items():
         if parameter is None or parameter.device.type != "cpu":
@@ -87,7 +119,7 @@ def _note(module: nn.Module, weights: dict[str, tuple[Tensor, Tensor]], files: l
 
 def _apply(
     module: nn.Module,
-    weights: dict[str, tuple[Tensor, Tensor]],
+    weights: Weights,
     files: list[range],
     function: Callable[[Tensor], Tensor],
     recurse: bool = True,

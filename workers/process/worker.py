@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-import uuid
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,15 +13,13 @@ from torch import Tensor
 
 from ... import devices, engine
 from ...estimate import Load, room_bytes
-from ...files import CONTENTS, Watched, changes
 from ...models import OPTIONS, Network, entry_of, first_tensor
 from ...parallel.mesh import Mesh
-from ...patchers import Kept, keep
+from ...patchers import loaded_entries
 from ...plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan
 from ...vae.memory import room
-from ..recipe import import_patches, inference_type
 from .decoder import Decoder
-from .weights import load_from_file
+from .model import Model
 
 CONFIGS = {
     "cache": CacheConfig, "attention": AttentionConfig, "fp8": FP8Config, "compile": CompileConfig,
@@ -30,14 +28,12 @@ CONFIGS = {
 
 
 class Worker:
-    """The model of this rank, and the run in progress. Its methods answer the questions of questions.py."""
+    """The models of this rank, and the run in progress. Its methods answer the questions of questions.py."""
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
-        self.base: Any = None  # the ModelPatcher as loaded
-        self.patched: Any = None  # with the patches of the run
-        self.files: list[Watched] = []  # that its weights lie in
-        self.kept: list[Kept] = []
+        self.models: dict[int, Model] = {}  # by the keys that ComfyUI's process has given them
+        self.model: Model | None = None  # of the run in progress, or of the last one
         self.guider: Any = None
         self.plan = Plan()
         self.reserved: float | None = None  # bytes left free for calls; None: the model has not been loaded in this run
@@ -47,43 +43,42 @@ class Worker:
         self.take_vae, self.decode_tile = self.decoder.take_vae, self.decoder.decode_tile
         self.decode_strip = self.decoder.decode_strip
 
-    def load(self, recipe: dict | None) -> None:
-        """Load a model in the place of the one before; None: no other. Raises ValueError if its file is another than
-        the one that ComfyUI's process has loaded."""
+    def load(self, model: int, recipe: dict) -> None:
+        """Load a model beside those there are. Raises ValueError if its file is another than the one that ComfyUI's
+        process has loaded."""
         self.end()
-        self.base = self.patched = self.guider = None
-        self.files, self.kept = [], []
-        memory.unload_all_models()
-        gc.collect()
-        memory.soft_empty_cache()
-        if recipe is None:
-            return
-        require_contents(recipe)
-        files = [Watched(file["path"]) for file in recipe["files"]]
-        base = load_from_file(recipe)
-        require_contents(recipe)  # another may have taken its place meanwhile
-        self.base = self.patched = base
-        self.files = files
+        self.models[model] = Model(recipe)
 
-    def begin(self, plan: dict, patches: dict | None, dtype: torch.dtype, kept: list[str]) -> dict:
-        """Begin a run. patches: those on the weights; None if they are the last run's. dtype: to compute in. kept: keys
-        of what techniques have Kept in ComfyUI's process, to be Kept here.
+    def forget(self, model: int) -> None:
+        """Drop a model, if it is there; a run of another one goes on."""
+        found = self.models.pop(model, None)
+        if found is None:
+            return
+        if found is self.model:
+            self.end()
+            self.model = self.guider = None
+        found.leave()
+
+    def holdings(self) -> dict:
+        """What each model takes outside of the files (weights.Held), by key; and bytes free on this rank's device."""
+        held = {key: asdict(model.outside_of_files()) for key, model in self.models.items()}
+        return {"models": held, "free": memory.get_free_memory(self.mesh.device)}
+
+    def begin(self, model: int, plan: dict, patches: dict | None, dtype: torch.dtype, kept: list[str]) -> dict:
+        """Begin a run of a model. patches: those on the weights; None if they are its last run's. dtype: to compute in.
+        kept: keys of what techniques have Kept in ComfyUI's process, to be Kept here.
 
         Tells the bytes of the weights, and those that this rank's device could have free beside them; or, if the
         weights are not what they were, the files that they lie in and that have been written to.
         """
-        overwritten = self.end()["overwritten"]
+        self.end()
+        self.model = self.models[model]
+        overwritten = self.model.overwritten()
         if overwritten:
             return {"overwritten": overwritten}
-        if patches is not None:
-            self.patched = self.base.clone()
-            self.patched.patches = import_patches(patches)
-            self.patched.patches_uuid = uuid.uuid4()
-            if dtype != inference_type(self.base):
-                self.patched.set_model_compute_dtype(dtype)
-        self.patched.attachments = {}
-        self.kept = [keep(self.patched, key) for key in kept]  # the same as before, where it was kept then
-        self.guider = SimpleNamespace(model_patcher=self.patched, model_options=self.patched.model_options)
+        self.model.prepare(patches, dtype, kept)
+        patched = self.model.patched
+        self.guider = SimpleNamespace(model_patcher=patched, model_options=patched.model_options)
         self.plan, self.reserved = plan_from(plan), None
         with contextlib.ExitStack() as run:
             run.enter_context(engine.applied(self.plan, self.guider, self.mesh))
@@ -122,15 +117,16 @@ class Worker:
     def end(self) -> dict:
         """End the run, if there is one, and give back what only its calls took: ComfyUI's process could not ask for it.
 
-        Tells what exchanges between ranks took, what this rank had of the device's memory since the last end, and which
-        of the files that the weights lie in have been written to.
+        Tells what exchanges between ranks took, what this rank had of the device's memory since the last end, what its
+        models have there now, and which of the files that the weights lie in have been written to.
         """
         run, self.run, self.open = self.run, contextlib.ExitStack(), False
         run.close()
         told = {
             "exchange_s": self.mesh.exchange_seconds(),
             **devices.peaks_of(self.mesh.device),
-            "overwritten": [file.path for file in self.files if file.is_overwritten()],
+            "loaded": sum(each.model_loaded_memory() for each in loaded_entries()),
+            "overwritten": [] if self.model is None else self.model.overwritten(),
         }
         memory.soft_empty_cache()
         return told
@@ -147,13 +143,6 @@ class Worker:
         gc.collect()
         memory.soft_empty_cache(force=True)
         return {"freed": max(memory.get_free_memory(self.mesh.device) - before, 0)}
-
-
-def require_contents(recipe: dict) -> None:
-    """Raises ValueError if a model's files are not those of ComfyUI's process, which may be on another machine."""
-    what = changes(recipe["files"], CONTENTS)
-    if what:
-        raise ValueError(f"{what} since ComfyUI loaded it, or is another file on this machine.")
 
 
 def plan_from(data: dict) -> Plan:
