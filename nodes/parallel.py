@@ -52,7 +52,7 @@ class ContextParallelNode(io.ComfyNode):
                     "keep_warm",
                     default=DEFAULTS.keep_warm,
                     optional=True,
-                    tooltip="Keep the workers and the model in their memory for the next run.",
+                    tooltip="Keep the workers, with their models in memory, for the next run.",
                 ),
             ],
             outputs=[io.Model.Output()],
