@@ -16,7 +16,7 @@ LEFT = (  # what ComfyUI writes on loaded modules and models, and is not private
     "weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function", "seed_key",
     "model_loaded_weight_memory", "model_offload_buffer_memory", "model_lowvram", "lowvram_patch_counter",
     "current_weight_patches_uuid", "dynamic_vbars", "dynamic_pins", "dynamic_patchers",
-    "_apply",  # of modules whose tensors come from elsewhere when they are moved (workers/process/weights.py)
+    "_apply",  # of modules whose tensors come from elsewhere when they are moved (worker/weights.py)
 )  # fmt: skip
 PREFIXES = ("_skein", "_comfy_")  # of what Skein keeps on a model, and ComfyUI, its models' own code included
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))

@@ -1,4 +1,4 @@
-"""Worker processes as ComfyUI's process sees them: started, asked, ended. What runs inside of them is in process/."""
+"""Worker processes as ComfyUI's process sees them: started, asked, ended. What runs inside of them is in worker/."""
 
 from .conversation import GroupError
 from .delegation import delegated

@@ -1,4 +1,4 @@
-"""Workers on several machines: what ComfyUI's environment says of them. process/rendezvous.py is the workers' side."""
+"""Workers on several machines: what ComfyUI's environment says of them. worker/rendezvous.py is the workers' side."""
 
 import os
 import re

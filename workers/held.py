@@ -4,17 +4,27 @@ import itertools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from .. import live
 from ..files import LOAD_AGAIN
 from ..patchers import is_loaded
 from .keeping import Need, lacking, takes_memory
+from .recipe import Patches
 
-if TYPE_CHECKING:
-    from .group import Group
-    from .proxy import Proxy
-    from .recipe import Patches
+
+class Asked(Protocol):
+    """Whom questions go to: a Group."""
+
+    def ask(self, kind: str, value: dict) -> Any: ...
+
+    def ask_all(self, kind: str, value: dict) -> dict[int, Any]: ...
+
+
+class Standing(Protocol):
+    """What stands for a model in ComfyUI's books: a Proxy, by its model there."""
+
+    model: Any
 
 
 class HeldModel:
@@ -27,8 +37,8 @@ class HeldModel:
 
     def __init__(self, key: int, recipe: dict):
         self.key, self.recipe, self.loaded = key, recipe, False
-        self.proxies: weakref.WeakSet[Proxy] = weakref.WeakSet()
-        self.proxy: Proxy | None = None
+        self.proxies: weakref.WeakSet[Standing] = weakref.WeakSet()
+        self.proxy: Standing | None = None
         self.patches: Any = None
 
 
@@ -36,7 +46,7 @@ class HeldModels:
     """All of them. running: the one whose run is in progress. on_devices: bytes that the workers have of models on each
     device, as far as this process has asked for it."""
 
-    def __init__(self, group: "Group"):
+    def __init__(self, group: Asked):
         self.running: HeldModel | None = None
         self.on_devices = 0.0
         self._group = group
@@ -47,7 +57,7 @@ class HeldModels:
         """The one that was loaded by a recipe."""
         return next((each for each in self._models if each.loaded and each.recipe == recipe), None)
 
-    def of(self, proxy: "Proxy") -> HeldModel | None:
+    def of(self, proxy: Standing) -> HeldModel | None:
         """The one that a proxy stands for."""
         return next((each for each in self._models if proxy in each.proxies), None)
 
@@ -76,7 +86,7 @@ class HeldModels:
         self._models.remove(held)
         self._group.ask("forget", {"model": held.key})
 
-    def let_go(self, proxy: "Proxy") -> bool:
+    def let_go(self, proxy: Standing) -> bool:
         """ComfyUI has unloaded a proxy: the workers drop its model, if no other stands for it. False: they are to be
         ended, because ComfyUI has none of the others, or they are in a run of it."""
         held = self.of(proxy)
@@ -94,7 +104,7 @@ class HeldModels:
         return True
 
     @contextmanager
-    def run(self, held: HeldModel, proxy: "Proxy") -> Iterator[HeldModel]:
+    def run(self, held: HeldModel, proxy: Standing) -> Iterator[HeldModel]:
         """Within: a run of a model is in progress, in whose place ComfyUI has this proxy."""
         self._models.remove(held)
         self._models.append(held)
@@ -105,7 +115,7 @@ class HeldModels:
         finally:
             self.running = None
 
-    def begin(self, held: HeldModel, plan: dict, patches: "Patches", uuid: Any, **how: Any) -> dict[int, dict]:
+    def begin(self, held: HeldModel, plan: dict, patches: Patches, uuid: Any, **how: Any) -> dict[int, dict]:
         """Have the workers begin a run (Worker.begin), with these patches on the weights; what each tells.
 
         Raises ValueError if the model's file has been written to.
@@ -140,7 +150,7 @@ class HeldModels:
 class HeldVAE:
     """The VAE that the workers have, if any."""
 
-    def __init__(self, group: "Group"):
+    def __init__(self, group: Asked):
         self._group = group
         self._model: weakref.ref[Any] | None = None  # of ComfyUI's VAE that they have
 

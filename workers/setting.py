@@ -1,4 +1,4 @@
-"""What makes a group of workers, and how its processes are started: by a launcher (process/launch.py), each worker with
+"""What makes a group of workers, and how its processes are started: by a launcher (worker/launch.py), each worker with
 one end of a pair of sockets. The other end is this process's."""
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from .environment import ENDPOINT
 from .transport import Channel
 
-LAUNCHER = Path(__file__).resolve().parent / "process" / "launch.py"
+LAUNCHER = Path(__file__).resolve().parent.parent / "worker" / "launch.py"
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # before and since PyTorch 2.9
 SEGMENTS = "expandable_segments:True"  # 0.9 of 24 GB were free and too scattered to be used without
 

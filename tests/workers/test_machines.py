@@ -24,7 +24,7 @@ from skein.plan import ParallelConfig
 from skein.workers import GroupError, group, release
 from skein.workers.environment import ENDPOINT, NODES, machines
 
-LAUNCHER = Path(__file__).resolve().parents[2] / "workers" / "process" / "launch.py"
+LAUNCHER = Path(__file__).resolve().parents[2] / "worker" / "launch.py"
 
 
 class Joiner:

@@ -15,9 +15,9 @@ from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
 from skein.models import share
 from skein.plan import FP8Config, ParallelConfig
+from skein.worker import weights
+from skein.worker.weights import load_from_file
 from skein.workers import group, release
-from skein.workers.process import weights
-from skein.workers.process.weights import load_from_file
 from skein.workers.recipe import recipe_of
 from small_models import on_a_gpu
 

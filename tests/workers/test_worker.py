@@ -12,7 +12,7 @@ from checkpoints import random_model
 from skein.cache.first_block import FirstBlockCache
 from skein.parallel.mesh import Mesh
 from skein.plan import CacheConfig, ParallelConfig, Plan
-from skein.workers.process.worker import Worker
+from skein.worker.worker import Worker
 from skein.workers.recipe import recipe_of
 from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -13,7 +13,7 @@ rank, _, kind = os.environ.get("SKEIN_BREAK", "").partition(":")
 
 class Breaker(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "skein.workers.process.worker":
+        if name != "skein.worker.worker":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         execute = spec.loader.exec_module

@@ -11,13 +11,13 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ... import devices, engine
-from ...estimate import Load, room_bytes
-from ...models import OPTIONS, Network, entry_of, first_tensor
-from ...parallel.mesh import Mesh
-from ...patchers import loaded_entries
-from ...plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan
-from ...vae.memory import room
+from .. import devices, engine
+from ..estimate import Load, room_bytes
+from ..models import OPTIONS, Network, entry_of, first_tensor
+from ..parallel.mesh import Mesh
+from ..patchers import loaded_entries
+from ..plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan
+from ..vae.memory import room
 from .decoder import Decoder
 from .model import Model
 

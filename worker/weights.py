@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ...attributes import changed
-from ..recipe import load
+from ..attributes import changed
+from ..workers.recipe import load
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ... import devices, report
-from ...out_of_memory import is_out_of_memory
-from ...parallel.exchange import join
-from ...parallel.mesh import Mesh
-from ..protocol import decode, size_of
-from ..questions import QUESTIONS
-from ..transport import Channel
+from .. import devices, report
+from ..out_of_memory import is_out_of_memory
+from ..parallel.exchange import join
+from ..parallel.mesh import Mesh
+from ..workers.protocol import decode, size_of
+from ..workers.questions import QUESTIONS
+from ..workers.transport import Channel
 from . import rendezvous
 from .worker import Worker
 

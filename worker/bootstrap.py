@@ -17,7 +17,7 @@ from types import ModuleType
 
 import rendezvous  # beside this script
 
-PACK = Path(__file__).resolve().parents[2]
+PACK = Path(__file__).resolve().parents[1]
 
 
 def end_with_launcher() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
     pack = ModuleType("skein")
     pack.__path__ = [str(PACK)]
     sys.modules["skein"] = pack
-    from skein.workers.process.serve import serve
+    from skein.worker.serve import serve
 
     serve(settings, store)
 

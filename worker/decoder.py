@@ -8,10 +8,10 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ... import report
-from ...parallel.mesh import Mesh
-from ...vae.strip import Strip
-from ...vae.whole import frames_of, pixels_of, quick
+from .. import report
+from ..parallel.mesh import Mesh
+from ..vae.strip import Strip
+from ..vae.whole import frames_of, pixels_of, quick
 
 
 class Decoder:

@@ -7,9 +7,9 @@ from typing import Any
 import comfy.model_management as memory
 import torch
 
-from ...files import CONTENTS, Watched, changes
-from ...patchers import Kept, keep, unload
-from ..recipe import Patches, import_patches, inference_type
+from ..files import CONTENTS, Watched, changes
+from ..patchers import Kept, keep, unload
+from ..workers.recipe import Patches, import_patches, inference_type
 from .weights import Held, held_outside_of_files, load_from_file
 
 
