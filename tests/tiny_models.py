@@ -8,6 +8,7 @@ from typing import Any
 import comfy.sample
 import comfy.samplers
 import comfy.supported_models
+import comfyui_version
 import torch
 from comfy.k_diffusion.sampling import sample_euler
 from comfy.model_patcher import ModelPatcher
@@ -59,6 +60,12 @@ def _random(*shape: int) -> Callable:
 
 def _reference(*shape: int) -> Callable:
     return lambda generator: [torch.randn(*shape, generator=generator)]
+
+
+def guidance(name: str) -> float:
+    """A scale of classifier-free guidance: two conditionings in a call, but where this ComfyUI cannot have them."""
+    alone = name == "HunyuanVideo image to video" and comfyui_version.__version__.startswith("0.16.")
+    return 1.0 if alone else 3.0
 
 
 HUNYUAN_VIDEO = true.HUNYUAN_VIDEO | dict(

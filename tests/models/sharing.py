@@ -23,28 +23,28 @@ from skein.models import Network  # noqa: E402
 from skein.parallel import Mesh  # noqa: E402
 from skein.plan import CacheConfig, Plan  # noqa: E402
 from skein.report import recent_runs  # noqa: E402
-from tiny_models import CASES, Case, sample  # noqa: E402
+from tiny_models import CASES, guidance, sample  # noqa: E402
 
 PLANS = {"exact": Plan(), "cache": Plan(cache=CacheConfig(threshold=0.8, order=0))}
 
 
-def run(case: Case, plan: Plan, mesh: Mesh | None) -> tuple[torch.Tensor, list[bool]]:
+def run(name: str, plan: Plan, mesh: Mesh | None) -> tuple[torch.Tensor, list[bool]]:
     """A run as a worker makes it; the latent, and which calls were reused."""
+    case = CASES[name]
     patcher = case.patcher().clone()
     guider = SimpleNamespace(model_patcher=patcher, model_options=patcher.model_options)
     with engine.applied(plan, guider, mesh):
         patcher.model_options = guider.model_options
-        latent = sample(case, patcher, steps=4, cfg=3.0, near=plan.cache is not None)
+        latent = sample(case, patcher, steps=4, cfg=guidance(name), near=plan.cache is not None)
     return latent, [call.reused for call in recent_runs()[-1].calls] if plan.cache else []
 
 
 def compare(name: str, mesh: Mesh) -> None:
-    case = CASES[name]
-    if "parallel" in Network(case.patcher().model.diffusion_model).architecture.refuses:
+    if "parallel" in Network(CASES[name].patcher().model.diffusion_model).architecture.refuses:
         return
     for technique, plan in PLANS.items():
-        one, alone = run(case, plan, None)
-        several, shared = run(case, plan, mesh)
+        one, alone = run(name, plan, None)
+        several, shared = run(name, plan, mesh)
         exchanged = mesh.exchange_seconds() > 0
         if mesh.rank == 0:
             error = relative_error(several, one)

@@ -5,7 +5,6 @@ through ComfyUI's sampler. Sharing over ranks is in test_ranks.py.
 from pathlib import Path
 from types import SimpleNamespace
 
-import comfyui_version
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -15,7 +14,7 @@ from skein.compilation.blocks import compile_settings
 from skein.models import Network, Seam
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig
 from skein.report import recent_runs
-from tiny_models import CASES, NOT_SHARED, sample
+from tiny_models import CASES, NOT_SHARED, guidance, sample
 
 README = Path(__file__).parents[2] / "README.md"
 PLANS = {
@@ -138,13 +137,9 @@ def test_a_reused_call_is_what_a_computed_one_would_be(model):
 def test_everything_together(model):
     names = [name for name in ("cache", "attention", "fp8", "compile") if not refused(model, name)]
     plan = {name: PLANS[name] for name in names} | {"cache": CacheConfig(threshold=0.9, order=0)}
-    try:
-        stock = sample(model.case, model.patcher, steps=4, cfg=3.0, near=True)
-    except RuntimeError as error:
-        assert (model.name, comfyui_version.__version__) == ("HunyuanVideo image to video", "0.16.3")
-        pytest.skip(f"this ComfyUI does not sample it with two conditionings in a call: {error}")
-    out = sample(model.case, engine.edit(model.patcher, **plan), steps=4, cfg=3.0, near=True)
-    error = relative_error(out, stock)
+    how = {"steps": 4, "cfg": guidance(model.name), "near": True}
+    out = sample(model.case, engine.edit(model.patcher, **plan), **how)
+    error = relative_error(out, sample(model.case, model.patcher, **how))
     print(f"{model.name}: {recent_runs()[-1].reused} calls reused, error {error:.2f}")
     assert error < 0.5 and recent_runs()[-1].reused > 0
 
