@@ -36,7 +36,7 @@ class FirstBlockCacheNode(io.ComfyNode):
                     round=0.0001,
                     tooltip=(
                         "Higher is faster and further from the original. 0 switches the cache off; -1 takes the "
-                        "model's default (HunyuanVideo 0.06, FLUX 0.08, Wan 0.03)."
+                        "model's default, which the node's help lists."
                     ),
                 ),
                 io.Float.Input(

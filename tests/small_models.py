@@ -12,6 +12,7 @@ import comfy.sd
 import pytest
 import torch
 from safetensors.torch import save_file
+from skein.bench.random_model import HUNYUAN_VIDEO
 
 # What moves between two devices needs two. Beside each such test stands one where the CPU's memory is both.
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="moves weights off a GPU; SKEIN_DEVICES=0 lets it")
@@ -59,14 +60,11 @@ def save_random_hunyuan3d(path: Path) -> None:
     save_file(network.state_dict(), str(path))
 
 
-def save_random_hunyuan_video(path: Path, seed: int = 0, hidden_size: int = 256, in_channels: int = 16, **changes):
-    settings = dict(
-        in_channels=in_channels, out_channels=16, vec_in_dim=768, context_in_dim=64, hidden_size=hidden_size,
-        mlp_ratio=4.0, num_heads=hidden_size // 128, depth=2, depth_single_blocks=2, axes_dim=[16, 56, 56], theta=256,
-        patch_size=[1, 2, 2], qkv_bias=True, guidance_embed=True, byt5=False, meanflow=False,
-        use_cond_type_embedding=False, vision_in_dim=None, meanflow_sum=False,
-    )  # fmt: skip
-    settings.update(changes)
+def save_random_hunyuan_video(path: Path, seed: int = 0, hidden_size: int = 256, **changes):
+    sizes = dict(
+        context_in_dim=64, hidden_size=hidden_size, num_heads=hidden_size // 128, depth=2, depth_single_blocks=2
+    )
+    settings = {**HUNYUAN_VIDEO, **sizes, **changes}
     torch.manual_seed(seed)
     network = comfy.ldm.hunyuan_video.model.HunyuanVideo(
         **settings, dtype=torch.float32, device="cpu", operations=torch.nn

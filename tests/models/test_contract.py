@@ -17,6 +17,11 @@ from skein.report import recent_runs
 from tiny_models import CASES, NOT_SHARED, guidance, sample
 
 README = Path(__file__).parents[2] / "README.md"
+HELP = README.parent / "web" / "docs" / "SkeinFirstBlockCache.md"
+ON_RECORD = {  # models whose threshold users read, and by which name
+    "HunyuanVideo": "HunyuanVideo", "FLUX.1": "FLUX", "Mochi": "Mochi", "CogVideoX": "CogVideoX", "Wan 2.1": "Wan",
+    "LTX-Video": "LTX-Video", "SD3": "SD3",
+}  # fmt: skip
 PLANS = {
     "cache": CacheConfig(threshold=1e-9, order=0),
     "attention": AttentionConfig(),
@@ -96,6 +101,9 @@ def test_the_cache_takes_the_models_threshold_unless_one_is_named(model):
     default = Network(model.patcher.model.diffusion_model).architecture.threshold
     plans = [engine.plan_of(engine.edit(model.patcher, cache=CacheConfig(*named))) for named in ([], [0.25])]
     assert [plan.cache.threshold for plan in plans] == [default, 0.25]
+    if model.name in ON_RECORD:
+        for page in (README, HELP):
+            assert f"{ON_RECORD[model.name]} {default:g}" in " ".join(page.read_text().split())
     assert default == {"HunyuanVideo": 0.06, "FLUX.1": 0.08, "CogVideoX": 0.04}.get(model.name, default)
 
 
