@@ -73,10 +73,11 @@ def watch(options: dict, technique: str, patcher: ModelPatcher) -> None:
     options: the run's transformer_options. Raises ValueError when the model is called, before compiled blocks are
     entered.
     """
-    code = _code(patcher)
+    named = names_in_code(patcher.get_model_object("diffusion_model"))  # once: a call waits for it
+    code = _code(patcher, named)
 
     def around(execute: Callable, *args: Any, **kwargs: Any) -> Any:
-        if _code(patcher) != code:
+        if _code(patcher, named) != code:
             raise ValueError(
                 "Another node changes the model's own code while it samples (as TeaCache and WaveSpeed's cache do), "
                 f"with which {NAMES[technique]} cannot work; remove one of them."
@@ -86,11 +87,10 @@ def watch(options: dict, technique: str, patcher: ModelPatcher) -> None:
     add_wrapper_with_key(WrappersMP.APPLY_MODEL, PLAN_KEY, around, options)
 
 
-def _code(patcher: ModelPatcher) -> dict[str, Any]:
+def _code(patcher: ModelPatcher, named: frozenset[str]) -> dict[str, Any]:
     """What a network runs: its modules, and functions that stand in for its class's methods. Below ComfyUI's object
-    patches, which come and go with the model's loading."""
+    patches, which come and go with the model's loading. named: names_in_code of the network."""
     network, below = patcher.get_model_object("diffusion_model"), patcher.object_patches_backup
-    named = names_in_code(network)
     return {
         name: below.get(f"diffusion_model.{name}", value)
         for name, value in (vars(network) | network._modules).items()
@@ -155,8 +155,10 @@ def _own_methods(guider: Any) -> str | None:
     put_on = patcher.object_patches_backup  # path -> the model's own, where ComfyUI has an object patch on it now
     for path, module in _below_patches(patcher):
         for name, value in vars(module).items():
+            if not callable(value) or not callable(getattr(type(module), name, None)):
+                continue
             known = name in LEFT or f"{path}.{name}".lstrip(".") in put_on or is_own_method(module, name, value)
-            if not known and callable(value) and callable(getattr(type(module), name, None)):
+            if not known:
                 return f"a {name} of its own on the model's {type(module).__name__}"
     return None
 

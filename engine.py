@@ -180,7 +180,8 @@ def _computed_here(plan: Plan, guider, seam: Seam, mesh: Mesh | None) -> Iterato
         if plan.attention is not None or plan.compile is not None or sharding is not None:
             techniques.enter_context(_attending(plan.attention, guider, seam, sharding))
         if plan.compile is not None:
-            techniques.enter_context(_compiling(plan.compile, guider, seam))
+            same_kernels = sharding is None and not (plan.attention and plan.attention.allow_8bit)  # see exact_steps
+            techniques.enter_context(_compiling(plan.compile, guider, seam, same_kernels))
         if plan.cache is not None and "cache" in plan.techniques:
             techniques.enter_context(_caching(plan.cache, guider, seam, mesh))
         yield
@@ -243,7 +244,7 @@ def _attending(config: AttentionConfig | None, guider, seam: Seam, sharding: Sha
 
 
 @contextmanager
-def _compiling(config: CompileConfig, guider, seam: Seam) -> Iterator[None]:
+def _compiling(config: CompileConfig, guider, seam: Seam, same_kernels: bool) -> Iterator[None]:
     transformer_options = guider.model_options["transformer_options"]
     obstacle = _compile_obstacle(transformer_options)
     if obstacle:
@@ -253,7 +254,7 @@ def _compiling(config: CompileConfig, guider, seam: Seam) -> Iterator[None]:
         return
     if transformer_options.get("patches") or transformer_options.get("patches_replace"):
         config = replace(config, warm_up=False)  # other packs' code in the blocks may keep count of its calls
-    blocks = CompiledBlocks(config, partial(show, config.node_id, about="compile"))
+    blocks = CompiledBlocks(config, partial(show, config.node_id, about="compile"), same_kernels)
     seam.models.append(blocks.around_model)
     seam.blocks.append(blocks.around_block)
     with blocks.settings(), _frozen(guider.model_patcher.model.diffusion_model):

@@ -12,7 +12,7 @@ MODEL_DEFAULT = -1.0  # as a threshold: the one of the model's architecture
 PREDICTORS = ("fit", "taylor")
 KERNELS = ("auto", "flash3", "flash4", "cudnn", "sage", "flash2", "stock")
 FP8_MODES = ("per_row", "per_tensor", "weight_only")
-COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune")
+COMPILE_MODES = ("default", "no-cudagraphs", "max-autotune-no-cudagraphs", "max-autotune")
 DYNAMIC_SHAPES = ("auto", "on", "off")
 CPU_PROCESSES = 16  # at most: each takes 0.5 to 0.9 GB of host memory before it has a model
 DECODE_MODES = ("auto", "whole", "tiled")
@@ -114,7 +114,7 @@ class FP8Config:
 class CompileConfig:
     """Settings of compiled blocks (see compilation/). Raises ValueError on values out of range.
 
-    mode: one of torch.compile's modes.
+    mode: "default" or "max-autotune" of torch.compile; with no-cudagraphs, blocks are never run as CUDA graphs.
     dynamic: sizes as variables of the compiled code: from the start, never, or ("auto") once one has changed.
     warm_up: compile before the first step, on the size of this run.
     node_id: the node to show the result on; not part of the plan's identity.

@@ -2,11 +2,12 @@
 
 from .lse import attention_with_lse
 from .op import enter_block
-from .overriding import BLOCK_KEY, ROPE_KEY, AttentionHook, override, stock
+from .overriding import BLOCK_KEY, OTHER_KEY, ROPE_KEY, AttentionHook, override, stock
 from .selection import Selection
 
 __all__ = [
     "BLOCK_KEY",
+    "OTHER_KEY",
     "ROPE_KEY",
     "AttentionHook",
     "Selection",

@@ -40,6 +40,7 @@ class AttentionHook:
         self.trim_text = trim_text
         self.around = around
         self._attentions = 0  # that have gone through the operator
+        self._reached: set[str] = set()  # paths of blocks of which one has: a CUDA graph is counted when it is recorded
         self._looked: tuple[Tensor | None, bool] = None, False  # a mask, and whether it hides anything
 
     def around_model(self, call: ModelCall, run: RunModel) -> Any:
@@ -66,7 +67,9 @@ class AttentionHook:
             values = {**values, OPTIONS: {**values[OPTIONS], BLOCK_KEY: True}}
         before = self._attentions
         out = run(self._without_empty_masks(block, values))
-        if self._attentions == before and WARM_UP_KEY not in call.options:
+        if self._attentions > before:
+            self._reached.add(block.path)
+        elif block.path not in self._reached and WARM_UP_KEY not in call.options:
             if self.around is not None:
                 raise ValueError(f"Context Parallel cannot share {block}, because {NONE}; remove Context Parallel.")
             self.selection.say(NONE)

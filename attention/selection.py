@@ -137,8 +137,8 @@ class Selection:
         try:
             yield
         except Exception as error:
-            if is_out_of_memory(error):
-                raise
+            if is_out_of_memory(error) or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+                raise  # a kernel that no CUDA graph can hold runs without one
             self._give_up(kernel, f"{type(error).__name__}: {error}")
 
     def _give_up(self, kernel: Kernel, why: str) -> None:
@@ -168,7 +168,7 @@ def _milliseconds(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, repeats: int 
         torch.cuda.synchronize(q.device)
         started = time.perf_counter()
         for _ in range(repeats):
-            kernel.run(q, k, v)
+            kernel.run(q, k, v).flatten(2).contiguous()  # as a block wants it: some kernels give another layout
         torch.cuda.synchronize(q.device)
         TIMES[key] = 1000 * (time.perf_counter() - started) / repeats
     return TIMES[key]

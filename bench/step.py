@@ -3,7 +3,7 @@
     python3 -m bench.step [--model "FLUX.1 dev"] [--blocks 2 4] [--latent 1 16 17 68 120] [--paths ...]
 
 The model has true sizes and random weights (bench/random_model.py). Every path samples through ComfyUI's own sampler in
-this process, without classifier-free guidance: one call a step. Blocks are timed one by one with events after a first
+this process: one call a step. Blocks are timed one by one with events after a first
 call that compiles, and scaled to all that the model has where --blocks says to build fewer. Errors are relative, of the
 first call's output against stock, and with --kernels of the attention kernels against float32 on a slice
 (bench/attention.py). --padded pads the text to so many tokens, with an attention mask. Ends with one JSON line.
@@ -41,6 +41,8 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 EXACT, EIGHT_BIT, COMPILE = AttentionConfig(), AttentionConfig(allow_8bit=True, exact_steps=0), CompileConfig()
 STATIC, TUNED = CompileConfig(dynamic="off"), CompileConfig(mode="max-autotune-no-cudagraphs")
 TENSOR, ROW = FP8Config("per_tensor"), FP8Config("per_row")
+PROFILED = 4  # calls: the first are not recorded as CUDA graphs yet
+
 PATHS: dict[str, Plan] = {
     "stock": Plan(),
     "cudnn": Plan(attention=AttentionConfig(kernel="cudnn")),
@@ -153,19 +155,20 @@ def measure(name: str, plan: Plan, model, inputs: dict, counts: dict[str, int], 
 
 
 def profile(name: str, model, inputs: dict) -> None:
-    """Print which kernels take the time of one call of a path that has run before."""
+    """Print which kernels take the time of calls of a path that has run before; on a CPU, which operators."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    cuda = torch.cuda.is_available()
     patcher = engine.edit(model, **vars(PATHS[name]))
-    with torch_profile(activities=activities) as recorded:
-        sample(patcher, **inputs, steps=1)
-    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    averages = recorded.key_averages()
-    print(f"one call of {name}, the blocks that were built:")
-    for row in sorted(averages, key=lambda r: -getattr(r, key))[:25]:
-        print(f"{getattr(row, key) / 1000:10.1f} ms {row.count:5d} x  {row.key[:110]}")
+    with torch_profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as recorded:
+        sample(patcher, **inputs, steps=PROFILED)
+    rows = recorded.key_averages()
+    times = {row: (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1000 for row in rows}
+    total = sum(times.values())
+    print(f"{name}, {PROFILED} calls of the blocks that were built: {total:.1f} ms in kernels")
+    for row in sorted(rows, key=lambda row: -times[row])[:25]:
+        print(f"{times[row]:10.1f} ms {100 * times[row] / total:4.0f} % {row.count:5d} x  {row.key[:100]}")
 
 
 def kernels(model, latent: tuple[int, ...], text: int) -> list[dict]:
@@ -207,6 +210,7 @@ def main() -> None:
     parser.add_argument("--latent", type=int, nargs="*", default=[], help="its shape, B C T H W or B C H W")
     parser.add_argument("--text", type=int, default=0, help="tokens")
     parser.add_argument("--padded", type=int, default=0, help="tokens, with a mask")
+    parser.add_argument("--cfg", type=float, default=1.0, help="above 1, a call has two conditionings")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--paths", nargs="*", default=list(PATHS), help="names of paths; stock always runs first")
     parser.add_argument("--profile", nargs="*", default=[], help="paths of which to print the kernels' times")
@@ -221,7 +225,7 @@ def main() -> None:
     positive, negative = (case.conditioning(seed, options.padded or text) for seed in (0, 1))
     if options.padded:
         positive[0][1]["attention_mask"] = (torch.arange(options.padded) < text).long()[None]
-    inputs = {"positive": positive, "negative": negative, "latent": torch.zeros(latent)}
+    inputs = {"positive": positive, "negative": negative, "latent": torch.zeros(latent), "cfg": options.cfg}
     with torch.inference_mode():
         model = random_model(shortened(case, options.blocks))
         rows = kernels(model, latent, text) if options.kernels else []

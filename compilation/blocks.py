@@ -9,11 +9,12 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
-from ..attention import BLOCK_KEY, ROPE_KEY, enter_block, override
+from ..attention import BLOCK_KEY, OTHER_KEY, ROPE_KEY, enter_block, override
 from ..models import (
     OPTIONS,
     OVERRIDE,
@@ -30,6 +31,7 @@ from ..models import (
 from ..out_of_memory import is_out_of_memory
 from ..plan import CompileConfig
 from .errors import is_compilers, reason, root_of
+from .graphs import BlockGraphs
 
 logger = logging.getLogger("skein")
 
@@ -55,7 +57,7 @@ def compile_settings(config: CompileConfig) -> dict[str, Any]:
         )
     return {
         "backend": "inductor",
-        "mode": None if config.mode == "default" else config.mode,
+        "mode": "max-autotune-no-cudagraphs" if config.mode.startswith("max-autotune") else None,  # see graphs.py
         "dynamic": DYNAMIC[config.dynamic],
         "fullgraph": True,
     }
@@ -65,10 +67,13 @@ class CompiledBlocks:
     """The compiled blocks of one run: arguments that keep graphs valid, warm-up, and the way back to eager.
 
     Stands next to the blocks' own forwards, inside of everything else. say: shows a line of status to the user.
+    same_kernels: whether a block starts the same attention kernels in each call.
     """
 
-    def __init__(self, config: CompileConfig, say: Callable[[str], None]):
+    def __init__(self, config: CompileConfig, say: Callable[[str], None], same_kernels: bool = False):
         self.config = config
+        self.same_kernels = same_kernels and not config.mode.endswith("no-cudagraphs")
+        self.graphs = BlockGraphs()
         self.say = say
         self.arguments = compile_settings(config)
         self._compiled: dict[str, Callable] = {}  # path of a block -> its forward, compiled
@@ -81,8 +86,11 @@ class CompiledBlocks:
     def settings(self) -> Iterator[None]:
         """Within: PyTorch's compiler settings of this run."""
         limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-        with torch._dynamo.config.patch({limit: RECOMPILE_LIMIT}):
-            yield
+        try:
+            with torch._dynamo.config.patch({limit: RECOMPILE_LIMIT}):
+                yield
+        finally:
+            self.graphs.clear()
 
     def around_model(self, call: ModelCall, run: RunModel) -> Any:
         """Before the first call of a size, one block of each kind runs to be compiled."""
@@ -113,7 +121,7 @@ class CompiledBlocks:
         if not self.failed and not self._patches_as_it_runs(block):
             enter_block(values.get(OPTIONS) or call.options)
             try:
-                return self._run_compiled(block, values, run)
+                return self._run_compiled(call, block, values, run)
             except Exception as error:
                 self._handle(error, block, run)
         # The graph is whole or absent, so nothing has run yet and `values` are as they were.
@@ -133,14 +141,23 @@ class CompiledBlocks:
             self.say(PATCHED)
         return patches
 
-    def _run_compiled(self, block: Block, values: Values, run: Forward) -> Values:
+    def _run_compiled(self, call: ModelCall, block: Block, values: Values, run: Forward) -> Values:
         started, graphs = time.perf_counter(), _graphs()
         if block.path not in self._compiled:
             self._compiled[block.path] = torch.compile(run.forward, **self.arguments)
-        out = run.by(self._compiled[block.path], self._stable(block, values))
+        compute, values = partial(run.by, self._compiled[block.path]), self._stable(block, values)
+        if self._is_steady(call) and self.graphs.suit(block, values):
+            out = self.graphs.run(block, values, compute)
+        else:
+            out = compute(values)
         if _graphs() > graphs:
             logger.info("Skein compile: %s in %.1f s", block, time.perf_counter() - started)
         return out
+
+    def _is_steady(self, call: ModelCall) -> bool:
+        """Whether blocks start the same kernels in each call. Another node's attention may not; nor is a warm-up one of
+        many calls."""
+        return self.same_kernels and OTHER_KEY not in call.options and WARM_UP_KEY not in call.options
 
     def _stable(self, block: Block, values: Values) -> Values:
         """Arguments that keep graphs valid: only the options that a block uses, rotary factors for the attention to

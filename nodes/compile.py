@@ -28,7 +28,10 @@ class CompileNode(io.ComfyNode):
                     options=list(COMPILE_MODES),
                     default=DEFAULTS.mode,
                     optional=True,
-                    tooltip="max-autotune tries more kernels: minutes of compilation for a few percent at most.",
+                    tooltip=(
+                        "max-autotune tries more kernels: minutes of compilation for a few percent at most. "
+                        "no-cudagraphs: small blocks are not run as CUDA graphs."
+                    ),
                 ),
                 io.Combo.Input(
                     "dynamic",

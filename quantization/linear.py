@@ -22,6 +22,8 @@ from ..float8 import FP8, FP8_MAX, SMALLEST, to_fp8
 
 MULTIPLE = 16  # torch._scaled_mm wants both sides of a weight to be multiples of this
 HEADROOM = 8  # weight_only: how far LoRA may grow a row under its scale; floating point keeps its precision below
+FEW_ROWS = 4  # that a weight is read again for each of
+WIDE = 8192  # in_features from which on the compiler reads a row twice
 CHUNK = 1 << 25  # values quantized at a time where no compiler fuses the steps
 
 
@@ -55,6 +57,8 @@ class QuantizedLinear(nn.Module):
             for function in self.bias_function:
                 bias = function(bias)
         if self.mode == "weight_only" or self.weight_function:
+            if x.numel() <= FEW_ROWS * x.shape[-1] and not self.weight_function and _by_triton(x.device):
+                return few_rows_linear(x, weight, scale, bias)
             weight = dequantize(weight, scale, x.dtype)
             for function in self.weight_function:
                 weight = function(weight)
@@ -110,6 +114,10 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def quantize_rows(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
     """FP8 values (R, I) and float32 scale, (1, 1) or (R, 1), of activations (R, I); compiled or not, the same bits."""
+    if per_row and x.shape[1] >= WIDE and _by_triton(x.device):
+        from .linear_triton import quantize_wide_rows
+
+        return quantize_wide_rows(x)
     largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)  # without the copy that abs() makes
     if not per_row:
         largest = largest.amax(dim=0, keepdim=True)
@@ -122,6 +130,16 @@ def quantize_rows(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
         rows = slice(start, start + step)
         data[rows] = to_fp8(x[rows], scale[rows] if per_row else scale)
     return data, scale
+
+
+def few_rows_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Linear of a few x (..., I) with an FP8 weight (O, I) and its scale (O, 1), by a kernel that reads the weight as
+    it is: a library's product would need it in memory in the type of x first."""
+    from .linear_triton import few_rows_product
+
+    out = few_rows_product(x.reshape(-1, x.shape[-1]), weight, scale)
+    out = out.reshape(*x.shape[:-1], weight.shape[0])
+    return (out if bias is None else out + bias).to(x.dtype)
 
 
 def scaled_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -147,6 +165,13 @@ def reference_product(data: Tensor, row_scale: Tensor, weight: Tensor, scale: Te
     """The same on a CPU, where older PyTorch has no product of its own; a little faster than that, too."""
     out = F.linear(data.float(), weight.float()) * row_scale * scale.t()
     return (out if bias is None else out + bias).to(torch.bfloat16)
+
+
+def _by_triton(device: torch.device) -> bool:
+    """Whether a kernel of Triton's is part of what is being compiled, on a GPU whose Triton has FP8."""
+    if not torch.compiler.is_compiling() or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _beside(tensor: Tensor, other: Tensor) -> Tensor:
