@@ -1,0 +1,223 @@
+"""Each technique on a run, as a context manager that puts it on the run's own options and seam and takes it off again.
+
+One that the plan does not ask for does nothing. HERE is their order.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrappersMP
+from torch import nn
+
+from . import conflicts, live
+from .attention import AttentionHook, Selection, stock
+from .cache import CacheHook, Evaluations, FirstBlockCache
+from .compilation import CompiledBlocks, require_own_folder
+from .models import Network, Seam
+from .parallel import Mesh, Sharding
+from .patchers import own_network, plain
+from .plan import PLAN_KEY, AttentionConfig, CacheConfig, Plan
+from .quantization import quantized
+from .report import begin, note, publish, show
+from .runs import Run
+from .stopwatch import Stopwatch
+from .workers import delegated
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+logger = logging.getLogger("skein")
+
+
+@dataclass
+class Sampling:
+    """A run that techniques are put on. mesh: the processes that share it, in a worker; None in ComfyUI's own process.
+
+    sharding: this process's part of each call, where there are others.
+    """
+
+    plan: Plan
+    guider: Any
+    mesh: Mesh | None
+    seam: Seam = field(default_factory=Seam)
+    sharding: Sharding | None = None
+
+    @property
+    def options(self) -> dict:
+        """The run's own transformer_options."""
+        return self.guider.model_options["transformer_options"]
+
+
+@contextmanager
+def delegating(run: Sampling) -> Iterator[None]:
+    """The run in the workers, with what these could not find out."""
+    plan = run.plan
+    if plan.cache is not None and "cache" in plan.techniques:
+        plan = replace(plan, cache=replace(plan.cache, sigmas=cache_sigmas(plan.cache, run.guider.model_patcher)))
+    with delegated(plan, run.guider, run.seam):
+        yield
+
+
+@contextmanager
+def _loading_plainly(run: Sampling) -> Iterator[None]:
+    """The model without ComfyUI's dynamic VRAM, whose weights FP8 and compiled blocks cannot have."""
+    with nullcontext() if run.plan.fp8 is None and run.plan.compile is None else plain(run.guider):
+        yield
+
+
+@contextmanager
+def _quantizing(run: Sampling) -> Iterator[None]:
+    """The model's FP8 twin in the model's place, before ComfyUI loads it."""
+    if run.plan.fp8 is None:
+        yield
+        return
+    guider, source = run.guider, run.guider.model_patcher
+    conflicts.watch(run.options, "fp8", source)
+    try:
+        with quantized(source, run.plan.fp8) as guider.model_patcher:
+            yield
+    finally:
+        guider.model_patcher = source
+
+
+@contextmanager
+def _sharing(run: Sampling) -> Iterator[None]:
+    """Each call's tokens over the processes of a mesh."""
+    if run.mesh is not None and run.mesh.world > 1:
+        run.sharding = Sharding(run.mesh)
+        several_blocks(run.guider.model_patcher, "context parallelism")
+        run.seam.blocks.append(run.sharding.around_block)
+        run.seam.after = run.sharding.before_after
+    yield
+
+
+@contextmanager
+def _attending(run: Sampling) -> Iterator[None]:
+    """Attention by the plan. Without one, ComfyUI's own as one operator, which compiled and shared blocks need."""
+    config = run.plan.attention
+    if config is None and run.plan.compile is None and run.sharding is None:
+        yield
+        return
+    config = config or AttentionConfig(kernel="stock", trim_text=False)
+    selection = Selection(config, partial(stock, optimized_attention), say=partial(note, "attention"))
+    hook = AttentionHook(selection, config.trim_text, None if run.sharding is None else run.sharding.around)
+    run.seam.models.append(hook.around_model)
+    run.seam.blocks.append(hook.around_block)
+    hook.put_on(run.options)
+    yield
+    show(config.node_id, "; ".join(selection.reasons), "attention" if selection.reasons else "")
+
+
+@contextmanager
+def _compiling(run: Sampling) -> Iterator[None]:
+    config, options = run.plan.compile, run.options
+    if config is None:
+        yield
+        return
+    obstacle = _compile_obstacle(options)
+    if obstacle:
+        logger.warning("Skein compile: the blocks run uncompiled, because %s.", obstacle)
+        show(config.node_id, f"uncompiled: {obstacle}", "compile")
+        yield
+        return
+    if options.get("patches") or options.get("patches_replace"):
+        config = replace(config, warm_up=False)  # other packs' code in the blocks may keep count of its calls
+    same_kernels = run.sharding is None and not (run.plan.attention and run.plan.attention.allow_8bit)  # exact_steps
+    blocks = CompiledBlocks(config, partial(show, config.node_id, about="compile"), same_kernels)
+    run.seam.models.append(blocks.around_model)
+    run.seam.blocks.append(blocks.around_block)
+    with blocks.settings(), _frozen(run.guider.model_patcher.model.diffusion_model):
+        yield
+
+
+def _compile_obstacle(transformer_options: dict) -> str:
+    """Why blocks are not compiled, in words; empty if nothing stands in the way."""
+    patches = transformer_options.get("patches", {})
+    if any(patches[name] for name in patches if name.startswith("attn")):  # told their block's index: a graph for each
+        return "another node's attention patch runs inside of the blocks"
+    try:
+        require_own_folder()
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
+
+
+@contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """Within: no parameter requires gradients. Older ComfyUIs load them so and patch them otherwise, and compiled
+    blocks would be compiled again for a LoRA."""
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def evaluations(guider) -> Evaluations:
+    """Counts the sampler's evaluations of the model, of which each call is told, in the workers too."""
+    evaluations = Evaluations()
+    wrappers = guider.model_options["transformer_options"].setdefault("wrappers", {})
+    others = wrappers.get(WrappersMP.PREDICT_NOISE, {})
+    # Outside of other packs' wrappers: one that evaluates several times (tiles, guidance) is one evaluation.
+    wrappers[WrappersMP.PREDICT_NOISE] = {PLAN_KEY: [evaluations.around_evaluation], **others}
+    return evaluations
+
+
+@contextmanager
+def _caching(run: Sampling) -> Iterator[None]:
+    """The first-block cache. It stands inside of the sharing and outside of all else."""
+    config, patcher = run.plan.cache, run.guider.model_patcher
+    if config is None or "cache" not in run.plan.techniques:
+        yield
+        return
+    several_blocks(patcher, "the first-block cache")
+    record = Run(node_id=config.node_id, limit=config.max_consecutive_hits, accumulate=config.accumulate)
+    sigmas = cache_sigmas(config, patcher)
+    total = () if run.mesh is None or run.sharding is None else (run.mesh.total,)
+    cache = FirstBlockCache(config, *sigmas, *total)
+    hook = CacheHook(cache, record, Stopwatch(patcher.load_device))
+    run.seam.models.append(hook.around_model)
+    run.seam.blocks.insert(0 if run.sharding is None else 1, hook.around_block)
+
+    started = time.perf_counter()
+    begin(record)
+    try:
+        yield
+        record.finished = True
+    except BaseException as error:
+        record.error = live.sentence(error)
+        raise
+    finally:
+        cache.reset()
+        hook.stopwatch.read()
+        record.seconds = time.perf_counter() - started
+        publish(record)
+
+
+def cache_sigmas(config: CacheConfig, patcher: "ModelPatcher") -> tuple[float, float]:
+    """The sigmas between which calls may be reused, under the sampling that other nodes have given the model."""
+    if config.sigmas is not None:
+        return config.sigmas
+    percent_to_sigma = patcher.get_model_object("model_sampling").percent_to_sigma
+    return float(percent_to_sigma(config.start_percent)), float(percent_to_sigma(config.end_percent))
+
+
+def several_blocks(patcher: "ModelPatcher", technique: str) -> None:
+    """Raises ValueError if the model has only one block."""
+    blocks = Network(own_network(patcher)).blocks
+    if len(blocks) < 2:
+        raise ValueError(f"This model has {len(blocks)} block(s); {technique} needs at least two.")
+
+
+# What is put on a run in this process, in this order: a block is cut before the cache is asked, and the cache decides
+# before a compiled block is entered.
+HERE = (_loading_plainly, _quantizing, _sharing, _attending, _compiling, _caching)
