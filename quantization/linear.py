@@ -12,6 +12,9 @@ another type is cast for the call. Left out: static scales, and e5m2, whose two 
 Letters: R rows (tokens), I in_features, O out_features.
 """
 
+from contextlib import suppress
+from typing import Any
+
 import comfy.model_management
 import comfy.ops
 import torch
@@ -38,6 +41,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, mode: str):
         super().__init__()
+        _load_kernels()
         self.out_features, self.in_features = weight.shape
         self.mode = mode
         data, scale = quantize_weight(weight, mode)
@@ -115,9 +119,7 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def quantize_rows(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
     """FP8 values (R, I) and float32 scale, (1, 1) or (R, 1), of activations (R, I); compiled or not, the same bits."""
     if per_row and x.shape[1] >= WIDE and _by_triton(x.device):
-        from .linear_triton import quantize_wide_rows
-
-        return quantize_wide_rows(x)
+        return _kernels.quantize_wide_rows(x)
     largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)  # without the copy that abs() makes
     if not per_row:
         largest = largest.amax(dim=0, keepdim=True)
@@ -135,9 +137,7 @@ def quantize_rows(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
 def few_rows_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Linear of a few x (..., I) with an FP8 weight (O, I) and its scale (O, 1), by a kernel that reads the weight as
     it is: a library's product would need it in memory in the type of x first."""
-    from .linear_triton import few_rows_product
-
-    out = few_rows_product(x.reshape(-1, x.shape[-1]), weight, scale)
+    out = _kernels.few_rows_product(x.reshape(-1, x.shape[-1]), weight, scale)
     out = out.reshape(*x.shape[:-1], weight.shape[0])
     return (out if bias is None else out + bias).to(x.dtype)
 
@@ -169,9 +169,20 @@ def reference_product(data: Tensor, row_scale: Tensor, weight: Tensor, scale: Te
 
 def _by_triton(device: torch.device) -> bool:
     """Whether a kernel of Triton's is part of what is being compiled, on a GPU whose Triton has FP8."""
-    if not torch.compiler.is_compiling() or device.type != "cuda" or torch.version.hip is not None:
+    if _kernels is None or not torch.compiler.is_compiling() or device.type != "cuda":
         return False
     return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+_kernels: Any = None  # linear_triton, where it can be had
+
+
+def _load_kernels() -> None:
+    """With the first layer: an import has no place in what is compiled."""
+    global _kernels
+    if _kernels is None and torch.cuda.is_available() and torch.version.hip is None:
+        with suppress(ImportError):
+            from . import linear_triton as _kernels
 
 
 def _beside(tensor: Tensor, other: Tensor) -> Tensor:

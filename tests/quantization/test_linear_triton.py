@@ -1,4 +1,4 @@
-"""The Triton kernels of an FP8 Linear layer, by Triton's interpreter in a process of its own."""
+"""The Triton kernels of an FP8 Linear layer, by Triton's interpreter in a process of its own; as part of a graph."""
 
 import os
 import subprocess
@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from skein.quantization import linear
+from skein.quantization.linear import QuantizedLinear
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = """
@@ -41,3 +44,31 @@ def test_the_triton_kernels_compute_what_they_say():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "same", done.stderr[-2000:]
+
+
+class Hopper:
+    """What Triton asks of a GPU's driver where it is only traced."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.parametrize("mode, shape", [("per_row", (70, 8192)), ("weight_only", (2, 64))])
+def test_they_are_part_of_one_compiled_graph(mode, shape, monkeypatch):
+    """As PyTorch traces a layer on a GPU; the graph itself cannot run here."""
+    kernels = pytest.importorskip("skein.quantization.linear_triton", reason="no Triton for this platform")
+    monkeypatch.setattr("triton.runtime.driver._active", Hopper())
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr(linear, "_kernels", kernels)
+    monkeypatch.setattr(linear, "_by_triton", lambda device: torch.compiler.is_compiling())
+    layer, graphs = QuantizedLinear(torch.randn(32, shape[1]), torch.randn(32), mode), []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return lambda *args: (torch.zeros(shape[0], 32),)
+
+    torch.compile(layer.forward, backend=keep, fullgraph=True)(torch.randn(shape))
+    called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert len(graphs) == 1 and sum("triton_kernel_wrapper" in name for name in called) == 1, called
