@@ -69,10 +69,11 @@ class AttentionHook:
         out = run(self._without_empty_masks(block, values))
         if self._attentions > before:
             self._reached.add(block.path)
-        elif block.path not in self._reached and WARM_UP_KEY not in call.options:
+        elif WARM_UP_KEY not in call.options:
             if self.around is not None:
                 raise ValueError(f"Context Parallel cannot share {block}, because {NONE}; remove Context Parallel.")
-            self.selection.say(NONE)
+            if block.path not in self._reached:
+                self.selection.say(NONE)
         return out
 
     def _without_empty_masks(self, block: Block, values: Values) -> Values:

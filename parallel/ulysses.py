@@ -5,6 +5,12 @@ image tokens of which each has a slice. Slices and heads may be uneven, nothing 
 what is exchanged: so, for one sample, what arrives is the sequence as the kernel takes it, and the kernel's output is
 what is sent. Queries travel while keys are packed, and so on; a rank's own part is copied while the others travel.
 
+Two text tokens t, five of the image, four heads, two ranks:
+
+            before: a rank's tokens, all heads       in attention: all tokens, a rank's heads
+    rank 0      t t 0 1 2      heads 0 1 2 3             t t 0 1 2 3 4      heads 0 1
+    rank 1      t t 3 4        heads 0 1 2 3             t t 0 1 2 3 4      heads 2 3
+
 Letters: B batch, H heads, h those of this rank, T text tokens, S image tokens of the group, s those of this rank,
 D head dim.
 """
