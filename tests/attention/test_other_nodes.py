@@ -65,7 +65,7 @@ class Sparse:
 @pytest.fixture
 def shown(monkeypatch):
     texts = {}
-    monkeypatch.setattr("skein.engine.show", lambda node, text, about="": texts.update({about or node: text}))
+    monkeypatch.setattr("skein.techniques.show", lambda node, text, about="": texts.update({about or node: text}))
     return texts
 
 
