@@ -26,7 +26,7 @@ from .patchers import PLAIN_KEY, TWIN_KEY, keep, own_network, unload
 from .plan import MODEL_DEFAULT, PLAN_KEY, Plan
 from .quantization import is_quantized, require_float8, require_torchao
 from .report import note
-from .techniques import HERE, Sampling, delegating, evaluations, several_blocks
+from .techniques import TECHNIQUES, Sampling, delegating, evaluations, require_several_blocks
 from .workers import setting_of, visible_devices
 from .workers.environment import machines
 
@@ -85,11 +85,11 @@ def _needs_compile(plan: Plan, _patcher: "ModelPatcher") -> None:
 
 
 def _needs_cache(_plan: Plan, patcher: "ModelPatcher") -> None:
-    several_blocks(patcher, "the first-block cache")
+    require_several_blocks(patcher, "the first-block cache")
 
 
 def _needs_parallel(plan: Plan, patcher: "ModelPatcher") -> None:
-    several_blocks(patcher, "context parallelism")
+    require_several_blocks(patcher, "context parallelism")
     setting_of(plan, patcher)
 
 
@@ -144,7 +144,7 @@ def applied(plan: Plan, guider, mesh: Mesh | None = None) -> Iterator[None]:
                 if "cache" in plan.techniques:
                     run.seam.models.append(evaluations(guider).around_model)
             away = plan.parallel is not None and mesh is None
-            for put_on in (delegating,) if away else HERE:
+            for put_on in (delegating,) if away else TECHNIQUES:
                 techniques.enter_context(put_on(run))
             if mesh is not None or plan.techniques:  # else the model may be one that Skein does not know
                 alone = "Context Parallel" if away else "Compile Blocks" if plan.compile is not None else ""

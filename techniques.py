@@ -1,6 +1,6 @@
 """Each technique on a run, as a context manager that puts it on the run's own options and seam and takes it off again.
 
-One that the plan does not ask for does nothing. HERE is their order.
+One that the plan does not ask for does nothing. TECHNIQUES is their order.
 """
 
 import logging
@@ -66,7 +66,7 @@ def delegating(run: Sampling) -> Iterator[None]:
 
 @contextmanager
 def _loading_plainly(run: Sampling) -> Iterator[None]:
-    """The model without ComfyUI's dynamic VRAM, whose weights FP8 and compiled blocks cannot have."""
+    """The model loaded without ComfyUI's dynamic VRAM, with which FP8 and compiled blocks cannot work."""
     with nullcontext() if run.plan.fp8 is None and run.plan.compile is None else plain(run.guider):
         yield
 
@@ -91,7 +91,7 @@ def _sharing(run: Sampling) -> Iterator[None]:
     """Each call's tokens over the processes of a mesh."""
     if run.mesh is not None and run.mesh.world > 1:
         run.sharding = Sharding(run.mesh)
-        several_blocks(run.guider.model_patcher, "context parallelism")
+        require_several_blocks(run.guider.model_patcher, "context parallelism")
         run.seam.blocks.append(run.sharding.around_block)
         run.seam.after = run.sharding.before_after
     yield
@@ -128,7 +128,8 @@ def _compiling(run: Sampling) -> Iterator[None]:
         return
     if options.get("patches") or options.get("patches_replace"):
         config = replace(config, warm_up=False)  # other packs' code in the blocks may keep count of its calls
-    same_kernels = run.sharding is None and not (run.plan.attention and run.plan.attention.allow_8bit)  # exact_steps
+    # Workers exchange in between, and with 8-bit attention the first and last steps have another kernel.
+    same_kernels = run.sharding is None and not (run.plan.attention and run.plan.attention.allow_8bit)
     blocks = CompiledBlocks(config, partial(show, config.node_id, about="compile"), same_kernels)
     run.seam.models.append(blocks.around_model)
     run.seam.blocks.append(blocks.around_block)
@@ -164,12 +165,12 @@ def _frozen(network: nn.Module) -> Iterator[None]:
 
 def evaluations(guider) -> Evaluations:
     """Counts the sampler's evaluations of the model, of which each call is told, in the workers too."""
-    evaluations = Evaluations()
+    counter = Evaluations()
     wrappers = guider.model_options["transformer_options"].setdefault("wrappers", {})
     others = wrappers.get(WrappersMP.PREDICT_NOISE, {})
     # Outside of other packs' wrappers: one that evaluates several times (tiles, guidance) is one evaluation.
-    wrappers[WrappersMP.PREDICT_NOISE] = {PLAN_KEY: [evaluations.around_evaluation], **others}
-    return evaluations
+    wrappers[WrappersMP.PREDICT_NOISE] = {PLAN_KEY: [counter.around_evaluation], **others}
+    return counter
 
 
 @contextmanager
@@ -179,7 +180,7 @@ def _caching(run: Sampling) -> Iterator[None]:
     if config is None or "cache" not in run.plan.techniques:
         yield
         return
-    several_blocks(patcher, "the first-block cache")
+    require_several_blocks(patcher, "the first-block cache")
     record = Run(node_id=config.node_id, limit=config.max_consecutive_hits, accumulate=config.accumulate)
     sigmas = cache_sigmas(config, patcher)
     total = () if run.mesh is None or run.sharding is None else (run.mesh.total,)
@@ -211,7 +212,7 @@ def cache_sigmas(config: CacheConfig, patcher: "ModelPatcher") -> tuple[float, f
     return float(percent_to_sigma(config.start_percent)), float(percent_to_sigma(config.end_percent))
 
 
-def several_blocks(patcher: "ModelPatcher", technique: str) -> None:
+def require_several_blocks(patcher: "ModelPatcher", technique: str) -> None:
     """Raises ValueError if the model has only one block."""
     blocks = Network(own_network(patcher)).blocks
     if len(blocks) < 2:
@@ -220,4 +221,4 @@ def several_blocks(patcher: "ModelPatcher", technique: str) -> None:
 
 # What is put on a run in this process, in this order: a block is cut before the cache is asked, and the cache decides
 # before a compiled block is entered.
-HERE = (_loading_plainly, _quantizing, _sharing, _attending, _compiling, _caching)
+TECHNIQUES = (_loading_plainly, _quantizing, _sharing, _attending, _compiling, _caching)

@@ -25,7 +25,7 @@ import comfy.model_management  # noqa: E402
 import comfyui_version  # noqa: E402
 import torch  # noqa: E402
 from skein import engine  # noqa: E402
-from skein.bench.random_model import MODELS, random_model, shortened  # noqa: E402
+from skein.bench.random_model import add_arguments, chosen, inputs, random_model  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan  # noqa: E402
@@ -70,22 +70,16 @@ def measure(name: str, plan: Plan, model, inputs: dict) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="HunyuanVideo", choices=list(MODELS))
-    parser.add_argument("--blocks", type=int, nargs="*", default=[], help="how many of each stack are built; all")
-    parser.add_argument("--latent", type=int, nargs="*", default=[], help="its shape, B C T H W or B C H W")
+    add_arguments(parser)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--paths", nargs="*", default=list(PATHS))
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("skein").setLevel(logging.INFO)
-    case = shortened(MODELS[options.model], options.blocks)
-    inputs = {
-        "positive": case.conditioning(0), "negative": case.conditioning(1), "steps": options.steps,
-        "latent": torch.zeros(tuple(options.latent) or case.latent),
-    }  # fmt: skip
+    case = chosen(options)
     with torch.inference_mode():
         model = random_model(case)
-        rows = [measure(name, PATHS[name], model, inputs) for name in options.paths]
+        rows = [measure(name, PATHS[name], model, inputs(case, options.steps)) for name in options.paths]
     print(
         json.dumps({
             "device": device_name(), "comfyui": comfyui_version.__version__, "torch": torch.__version__,

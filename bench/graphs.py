@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from skein import engine  # noqa: E402
 from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.full_run import EVERY_SECOND  # noqa: E402
-from skein.bench.random_model import MODELS, random_model, shortened  # noqa: E402
+from skein.bench.random_model import add_arguments, chosen, inputs, random_model  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
 from skein.plan import AttentionConfig, CompileConfig, FP8Config  # noqa: E402
@@ -58,24 +58,18 @@ def measure(model, inputs: dict, path: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="SD3.5 large", choices=list(MODELS))
-    parser.add_argument("--blocks", type=int, nargs="*", default=[], help="how many of each stack are built; all")
-    parser.add_argument("--latent", type=int, nargs="*", default=[], help="its shape, B C T H W or B C H W")
+    add_arguments(parser, "SD3.5 large")
     parser.add_argument("--steps", type=int, default=12)
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("skein").setLevel(logging.INFO)
-    case = shortened(MODELS[options.model], options.blocks)
-    inputs = {
-        "positive": case.conditioning(0), "negative": case.conditioning(1), "steps": options.steps,
-        "latent": torch.zeros(tuple(options.latent) or case.latent),
-    }  # fmt: skip
+    case = chosen(options)
     rows: list[dict] = []
 
     def run() -> None:
         with torch.inference_mode():
             model = random_model(case)
-            rows.extend(measure(model, inputs, path) for path in PATHS)
+            rows.extend(measure(model, inputs(case, options.steps), path) for path in PATHS)
 
     thread = threading.Thread(target=run)
     thread.start()

@@ -4,6 +4,7 @@ Each kind of block is drawn once, which saves host memory and changes no timing.
 it for a prompt of a few sentences.
 """
 
+from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 
 import torch
@@ -78,6 +79,27 @@ MODELS = {
         "QwenImage", QWEN_IMAGE, (1, 16, 1, 166, 166), (60, 3584), blocks={"transformer_blocks": "num_layers"}
     ),
 }  # fmt: skip
+
+
+def add_arguments(parser: ArgumentParser, model: str = "HunyuanVideo") -> None:
+    """Which model, and of what size: see `chosen`."""
+    parser.add_argument("--model", default=model, choices=list(MODELS))
+    parser.add_argument("--blocks", type=int, nargs="*", default=[], help="how many of each stack are built; all")
+    parser.add_argument("--latent", type=int, nargs="*", default=[], help="its shape, B C T H W or B C H W")
+
+
+def chosen(options: Namespace) -> Case:
+    """The model that add_arguments's options name, with their blocks and latent."""
+    case = MODELS[options.model]
+    return replace(shortened(case, options.blocks), latent=tuple(options.latent) or case.latent)
+
+
+def inputs(case: Case, steps: int) -> dict:
+    """What a model is sampled with (demo.sampling.sample)."""
+    return {
+        "positive": case.conditioning(0), "negative": case.conditioning(1), "latent": torch.zeros(case.latent),
+        "steps": steps,
+    }  # fmt: skip
 
 
 def shortened(case: Case, counts: list[int]) -> Case:

@@ -35,7 +35,7 @@ import comfyui_version  # noqa: E402
 import torch  # noqa: E402
 from skein import engine  # noqa: E402
 from skein.bench.errors import relative_error  # noqa: E402
-from skein.bench.random_model import MODELS, random_checkpoint, shortened  # noqa: E402
+from skein.bench.random_model import add_arguments, chosen, inputs, random_checkpoint  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan  # noqa: E402
@@ -144,9 +144,7 @@ def groups(options: argparse.Namespace, there: int) -> list[tuple[tuple[int, int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="HunyuanVideo", choices=list(MODELS))
-    parser.add_argument("--blocks", type=int, nargs="*", default=[], help="how many of each stack are built; all")
-    parser.add_argument("--latent", type=int, nargs="*", default=[], help="its shape, B C T H W or B C H W")
+    add_arguments(parser)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--worlds", type=int, nargs="*", default=[1, 2, 4, 8], help="workers")
     parser.add_argument("--arrangements", nargs="*", default=[], type=arrangement, help="such as 4x2")
@@ -157,11 +155,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("skein").setLevel(logging.INFO)
     there = 8 if options.cpu else torch.cuda.device_count()
-    case = shortened(MODELS[options.model], options.blocks)
-    arguments = {
-        "positive": case.conditioning(0), "negative": case.conditioning(1), "steps": options.steps,
-        "latent": torch.zeros(tuple(options.latent) or case.latent),
-    }  # fmt: skip
+    case = chosen(options)
+    arguments = inputs(case, options.steps)
     rows = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()

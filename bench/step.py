@@ -31,7 +31,7 @@ from comfy.patcher_extension import WrappersMP  # noqa: E402
 from skein import engine  # noqa: E402
 from skein.bench.attention import measure as measure_kernels  # noqa: E402
 from skein.bench.errors import relative_error  # noqa: E402
-from skein.bench.random_model import MODELS, random_model, shortened  # noqa: E402
+from skein.bench.random_model import MODELS, add_arguments, chosen, random_model  # noqa: E402
 from skein.bench.timing import Clock, ceilings, device_name  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
 from skein.models import Network  # noqa: E402
@@ -205,9 +205,7 @@ def measure_all(model, inputs: dict, counts: dict[str, int], options) -> list[di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="HunyuanVideo", choices=list(MODELS))
-    parser.add_argument("--blocks", type=int, nargs="*", default=[], help="how many of each stack are built; all")
-    parser.add_argument("--latent", type=int, nargs="*", default=[], help="its shape, B C T H W or B C H W")
+    add_arguments(parser)
     parser.add_argument("--text", type=int, default=0, help="tokens")
     parser.add_argument("--padded", type=int, default=0, help="tokens, with a mask")
     parser.add_argument("--cfg", type=float, default=1.0, help="above 1, a call has two conditionings")
@@ -219,15 +217,15 @@ def main() -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("skein").setLevel(logging.INFO)
-    case = MODELS[options.model]
-    counts = {path: case.config[entry] for path, entry in case.blocks.items()}
-    latent, text = tuple(options.latent) or case.latent, options.text or case.text[0]
+    case, whole = chosen(options), MODELS[options.model]
+    counts = {path: whole.config[entry] for path, entry in whole.blocks.items()}
+    latent, text = case.latent, options.text or case.text[0]
     positive, negative = (case.conditioning(seed, options.padded or text) for seed in (0, 1))
     if options.padded:
         positive[0][1]["attention_mask"] = (torch.arange(options.padded) < text).long()[None]
     inputs = {"positive": positive, "negative": negative, "latent": torch.zeros(latent), "cfg": options.cfg}
     with torch.inference_mode():
-        model = random_model(shortened(case, options.blocks))
+        model = random_model(case)
         rows = kernels(model, latent, text) if options.kernels else []
         for row in rows:
             print(row, flush=True)

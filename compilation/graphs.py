@@ -1,15 +1,16 @@
 """Compiled blocks as CUDA graphs, where a block is so small that starting its kernels takes longer than they run.
 
-torch.compile's own way, mode "reduce-overhead", fails in a thread that Python has started, such as ComfyUI's, in most
-PyTorchs (https://github.com/pytorch/pytorch/issues/123177). Here each block is recorded once a run. Its inputs are
-copied to where its graph reads them, and its outputs from where the graph leaves them to memory of their own. All
-graphs of a run share these places and the memory in between, and so take what one block takes.
+torch.compile's own way, mode "reduce-overhead", fails in a thread that Python has started, such as ComfyUI's, in all
+but the newest PyTorchs (https://github.com/pytorch/pytorch/issues/123177). Here each block is recorded once a run. Its
+inputs are copied to where its graph reads them, and its outputs from where the graph leaves them to memory of their
+own. All graphs of a run share these places and the memory in between, and so take what one block takes.
 """
 
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FunctionType, NoneType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ logger = logging.getLogger("skein")
 
 MOST_VALUES = 1 << 25  # of a block's image tokens: above, the GPU computes longer than the host starts kernels
 MOST_KINDS = 8  # of inputs that one block is recorded for in a run: those of a model that is called in turns
+PLAIN = (int, float, str, NoneType, FunctionType)
 
 Compute = Callable[[Values], Values]
 Replay = Callable[[], None]
@@ -34,7 +36,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        self.stream = self._streams.get(device) or self._streams.setdefault(device, torch.cuda.Stream(device))
         self.pool = torch.cuda.graph_pool_handle()
 
     def wait(self) -> None:
@@ -75,12 +77,14 @@ RECORDERS: dict[str, Callable[[torch.device], Any]] = {"cuda": CudaRecorder}  # 
 
 
 class Given:
-    """The values that a block is given. kind: equal where the same graph computes them."""
+    """The values that a block is given. kind: equal where the same graph computes them. plain: no tensors may be hidden
+    in objects, as Chroma, FLUX.2 and LTX-2 have them: a graph would go on reading those of its recording."""
 
     def __init__(self, values: Values):
         self.leaves, self.form = tree_flatten(values)
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
         others = tuple(leaf for leaf in self.leaves if not isinstance(leaf, Tensor))
+        self.plain = all(isinstance(leaf, PLAIN) for leaf in others)
         layouts = tuple((each.shape, each.stride(), each.dtype, each.device) for each in self.tensors)
         self.kind = str(self.form), others, layouts
 
@@ -142,6 +146,8 @@ class BlockGraphs:
         """What `compute` returns for these values: by the block's graph, or by calling it where there is none yet, none
         can be, or none pays."""
         given = Given(values)
+        if not given.plain:
+            return compute(values)
         block_kind, weights = self._known(block)
         trial = self._trials.get((block_kind, given.kind))
         if trial is not None and trial.pays is False:

@@ -14,6 +14,8 @@ load_pack()
 
 import torch  # noqa: E402
 from graphs import SAMPLER  # noqa: E402
+from recorder import Again  # noqa: E402
+from skein.compilation import graphs as block_graphs  # noqa: E402
 from skein.demo.run import WORKFLOW, node_id  # noqa: E402
 from skein.demo.sampling import load_demo_model  # noqa: E402
 from skein.demo.server import ComfyServer, comfyui_path  # noqa: E402
@@ -53,6 +55,14 @@ def tiny_model():
     """A random HunyuanVideo of two heads, 2 + 2 blocks: for what does not depend on training."""
     with torch.inference_mode():
         return random_hunyuan_video()
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """Compiled blocks on the CPU are recorded, too; `calls` has what was done, in its order."""
+    monkeypatch.setitem(block_graphs.RECORDERS, "cpu", Again)
+    monkeypatch.setattr(Again, "calls", [])
+    return Again
 
 
 @pytest.fixture

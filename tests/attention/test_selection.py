@@ -84,6 +84,16 @@ def test_one_that_fails_later_is_replaced_in_the_same_call():
     assert (out == 7).all() and calls == [64, 200] and "illegal instruction" in reasons[1]
 
 
+def test_one_that_no_cuda_graph_can_hold_is_not_given_up(monkeypatch):
+    selection = Selection(AttentionConfig(), stock, [kernel("cudnn")])
+    chosen = selection.kernel_for(*inputs())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="capturing"), selection._giving_up(chosen):
+        raise RuntimeError("operation not permitted when stream is capturing")
+    assert selection.kernel_for(*inputs()) is chosen
+
+
 def test_out_of_memory_is_not_a_reason_to_try_another():
     with pytest.raises(torch.OutOfMemoryError):
         attend([kernel("cudnn", raising(torch.OutOfMemoryError("full"))), kernel("flash2")])

@@ -1,11 +1,8 @@
-"""Blocks that are recorded once and run again, with a recorder that calls a function where CUDA would run a graph.
+"""Blocks that are recorded once and run again (recorder.py). What CUDA itself does: `-m bench.graphs` on a GPU."""
 
-What CUDA itself does is measured on a GPU (docs/LOG.md).
-"""
-
-import pytest
 from loras import with_lora
-from skein import engine
+from recorder import Again
+from skein import engine, live
 from skein.bench.errors import relative_error
 from skein.compilation import graphs
 from skein.demo.sampling import sample
@@ -15,44 +12,6 @@ from skein.report import recent_runs
 SMALL = dict(shape=(1, 16, 3, 8, 8), steps=6)
 PROMPT = "a red circle moves left"
 BLOCKS, KINDS = 4, 2  # of the tiny model
-
-
-class Again:
-    """Records a function by keeping it."""
-
-    calls: list[str] = []
-    gpu_s = 0.0
-
-    def __init__(self, device):
-        assert device.type == "cpu"
-
-    def wait(self):
-        pass
-
-    def seconds(self, replay):
-        replay()
-        return self.gpu_s
-
-    def prepare(self, compute):
-        self.calls.append("prepare")
-        return compute()
-
-    def record(self, compute):
-        self.calls.append("record")
-        compute()
-
-        def replay():
-            self.calls.append("replay")
-            compute()
-
-        return replay
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", Again)
-    monkeypatch.setattr(Again, "calls", [])
-    return Again
 
 
 def counted(recorder):
@@ -122,18 +81,17 @@ def test_blocks_that_are_large_are_not_recorded(tiny_model, recorder, monkeypatc
     assert not recorder.calls
 
 
-def test_other_weights_are_recorded_anew(tiny_model, recorder, monkeypatch):
+def test_other_weights_are_recorded_anew(tiny_model, recorder):
     """A weight that has moved between two calls: its graph would read what is there now."""
-    block = tiny_model.model.diffusion_model.single_blocks[1]
-    linear = block.linear2
+    linear = tiny_model.model.diffusion_model.single_blocks[1].linear2
 
-    def moved(arguments):
-        if arguments["i"] == 3:
+    def move(step, *_):
+        if step == 3:
             linear.weight.data = linear.weight.data.clone()
 
     compiled = engine.edit(tiny_model, compile=CompileConfig())
     stock = sample(tiny_model, PROMPT, **SMALL)
-    out = sample(compiled, PROMPT, callback=lambda i, *_: moved({"i": i}), **SMALL)
+    out = sample(compiled, PROMPT, callback=move, **SMALL)
     assert relative_error(out, stock) < 1e-5
     assert counted(recorder)["record"] == BLOCKS + 1
 
@@ -148,3 +106,13 @@ def test_not_under_the_allocator_that_cannot(tiny_model, recorder, monkeypatch):
     monkeypatch.setattr(graphs, "supported", lambda: False)
     sample(engine.edit(tiny_model, compile=CompileConfig()), PROMPT, **SMALL)
     assert not recorder.calls
+
+
+def test_attention_in_a_graph_is_not_said_to_be_missing(tiny_model, recorder, monkeypatch):
+    """No Python runs in a graph, so its attentions are not counted again."""
+    record = recorder.record
+    monkeypatch.setattr(recorder, "record", lambda self, compute: (record(self, compute), lambda: None)[1])
+    sample(engine.edit(tiny_model, compile=CompileConfig(), attention=AttentionConfig()), PROMPT, **SMALL)
+    assert counted(recorder)["record"] == BLOCKS
+    assert live.snapshot()["sampling"]["notes"]["attention"].startswith("FlashAttention-2 runs")
+    assert "does not ask" not in live.snapshot()["sampling"]["notes"]["attention"]

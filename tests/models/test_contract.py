@@ -22,6 +22,7 @@ ON_RECORD = {  # models whose threshold users read, and by which name
     "HunyuanVideo": "HunyuanVideo", "FLUX.1": "FLUX", "Mochi": "Mochi", "CogVideoX": "CogVideoX", "Wan 2.1": "Wan",
     "LTX-Video": "LTX-Video", "SD3": "SD3",
 }  # fmt: skip
+NOT_RECORDED = ("Chroma", "FLUX.2", "LTX-2")  # their blocks are given tensors inside of objects
 PLANS = {
     "cache": CacheConfig(threshold=1e-9, order=0),
     "attention": AttentionConfig(),
@@ -126,6 +127,15 @@ def test_each_technique_is_within_its_bound_and_leaves_nothing(model, technique)
     if technique == "fp8":
         assert (error > 1e-4) == (model.name not in NOT_QUANTIZED)
     assert torch.equal(sample(model.case, model.patcher), model.stock)
+
+
+def test_blocks_as_cuda_graphs_compute_the_same(model, recorder):
+    """What a block changes of its inputs, or keeps of them, is no longer the caller's tensors."""
+    if refused(model, "compile"):
+        pytest.skip("the model's page refuses Compile, which the test above checks")
+    out = sample(model.case, engine.edit(model.patcher, compile=CompileConfig()), steps=3)
+    assert relative_error(out, sample(model.case, model.patcher, steps=3)) <= BOUNDS["compile"]
+    assert ("replay" in recorder.calls) == (model.name not in NOT_RECORDED)
 
 
 def test_a_reused_call_is_what_a_computed_one_would_be(model):

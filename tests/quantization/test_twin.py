@@ -21,7 +21,7 @@ from skein.quantization import run
 from skein.quantization.linear import QuantizedLinear, quantize_weight
 from skein.quantization.run import quantized
 from skein.report import recent_runs
-from skein.techniques import HERE
+from skein.techniques import TECHNIQUES
 from small_models import on_a_gpu, random_hunyuan_video
 
 SMALL = dict(shape=(1, 16, 3, 8, 8), steps=4)
@@ -361,7 +361,7 @@ class Dynamic(comfy.model_patcher.ModelPatcher):
 
 @pytest.mark.parametrize("plan", [dict(fp8=FP8Config()), dict(compile=CompileConfig())], ids=["fp8", "compile"])
 def test_the_model_without_dynamic_vram_goes_with_the_last_output_that_needs_it(tmp_path, plan, monkeypatch):
-    monkeypatch.setattr("skein.engine.HERE", [each for each in HERE if each.__name__ != "_compiling"])
+    monkeypatch.setattr("skein.engine.TECHNIQUES", [each for each in TECHNIQUES if each.__name__ != "_compiling"])
     model = random_model(tmp_path, 2)
     stock, path = sample(model, text(7), **SMALL), model.cached_patcher_init[1][0]
     model.__class__ = Dynamic
