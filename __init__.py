@@ -12,6 +12,7 @@ from .nodes.fp8 import FP8QuantizeNode, FP8TextEncoderNode
 from .nodes.parallel import ContextParallelNode, ReleaseWorkersNode
 from .nodes.preview import LatentVideoPreviewNode
 from .nodes.report import CacheReportNode
+from .nodes.sparse import SparseAttentionNode
 from .nodes.vae import VAEDecodeNode
 from .workers import in_use, release
 
@@ -28,6 +29,7 @@ class SkeinExtension(ComfyExtension):
         return [
             FirstBlockCacheNode,
             AttentionNode,
+            SparseAttentionNode,
             FP8QuantizeNode,
             FP8TextEncoderNode,
             CompileNode,

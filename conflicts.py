@@ -24,6 +24,7 @@ NAMES = {  # of techniques, by the plan's fields
     "fp8": "FP8 Quantize",
     "compile": "Compile Blocks",
     "parallel": "Context Parallel",
+    "sparse": "Sparse Attention",
 }
 SECOND_MODEL = "second model"  # techniques that run another model in the place of the one that nodes have changed
 COMPILE_KEY = "torch.compile"  # wrapper key of ComfyUI's set_torch_compile_wrapper, also of KJNodes
@@ -228,7 +229,7 @@ def _merge(guider: Any) -> str | None:
 
 CONFLICTS = (
     Conflict(tuple(NAMES), _compiled_model, COMPILED),
-    Conflict(("attention", "fp8", "compile", "parallel"), _compiled_blocks, COMPILED),
+    Conflict(("attention", "fp8", "compile", "parallel", "sparse"), _compiled_blocks, COMPILED),
     Conflict(("cache",), _other_cache),
     Conflict(("fp8", "compile", "parallel"), _multigpu),
     Conflict(

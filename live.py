@@ -16,6 +16,7 @@ import torch
 
 from . import devices, events, host
 from .runs import Run
+from .sparse_runs import SparseRun
 
 KEPT_RUNS = 16
 LOOK_SECONDS = 1.0  # between two looks at memory and utilisation
@@ -57,6 +58,7 @@ class Sampling:
 
 
 _runs: deque[Run] = deque(maxlen=KEPT_RUNS)
+_sparse_runs: deque[SparseRun] = deque(maxlen=KEPT_RUNS)
 _sampling = Sampling()
 _own = Process(None, "cpu", pid=os.getpid())
 _workers: list[Process] = []
@@ -77,6 +79,7 @@ def snapshot() -> dict:
             "sampling": asdict(_sampling),
             "processes": [asdict(process) for process in _processes()],
             "runs": [run.as_dict() for run in _runs],
+            "sparse": [run.as_dict() for run in _sparse_runs],
         }
 
 
@@ -169,11 +172,33 @@ def begun(run: Run) -> None:
         events.emit("run", run=_outline(run))
 
 
+def sparse_runs() -> list[SparseRun]:
+    """The last runs under sparse attention, oldest first; the last one may be in progress."""
+    return list(_sparse_runs)
+
+
+def sparse_called(run: SparseRun) -> None:
+    """A run under sparse attention has begun, has one call more, or has ended."""
+    with events.lock:
+        for i, known in enumerate(_sparse_runs):
+            if known.id == run.id:
+                run.prompt_id, run.workflow_id, run.latent = known.prompt_id, known.workflow_id, known.latent
+                _sparse_runs[i] = run
+                break
+        else:
+            run.prompt_id, run.workflow_id = _sampling.prompt_id, _sampling.workflow_id
+            _sparse_runs.append(run)
+        layers = {} if run.ended else {"layers": []}
+        events.emit("sparse", run={**run.as_dict(), **layers})
+
+
 def sampled(latent: list[float]) -> None:
     """The sampling in progress has made a latent with these values."""
     run = current_run()
     if run is not None:
         run.latent = latent
+    if _sampling.running and "sparse" in _sampling.techniques and _sparse_runs:
+        _sparse_runs[-1].latent = latent
 
 
 def called(run: Run, times: list) -> None:

@@ -5,6 +5,7 @@ plan out when sampling starts. So the order of our nodes does not matter, the la
 the same object can be pickled to another process.
 """
 
+import re
 from dataclasses import dataclass, field, fields
 
 PLAN_KEY = "skein"  # the attachment and wrapper key on a ModelPatcher
@@ -16,6 +17,7 @@ COMPILE_MODES = ("default", "no-cudagraphs", "max-autotune-no-cudagraphs", "max-
 DYNAMIC_SHAPES = ("auto", "on", "off")
 CPU_PROCESSES = 16  # at most: each takes 0.5 to 0.9 GB of host memory before it has a model
 DECODE_MODES = ("auto", "whole", "tiled")
+SPARSE_RULES = ("max_error", "density", "tau")
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,7 @@ class CacheConfig:
                 f"The threshold must lie between 0 and 1, or be -1 for the model's default, not {self.threshold}; "
                 "0 switches the cache off."
             )
-        if not (0 <= self.start_percent <= 1 and 0 <= self.end_percent <= 1):
-            raise ValueError("start_percent and end_percent must lie between 0 and 1.")
-        if self.start_percent > self.end_percent:
-            raise ValueError(
-                f"start_percent ({self.start_percent}) lies after end_percent ({self.end_percent}); swap the two."
-            )
+        _check_range(self.start_percent, self.end_percent)
         if self.warmup_calls < 0:
             raise ValueError(f"warmup_calls must be 0 or more, not {self.warmup_calls}.")
         if self.max_consecutive_hits < -1:
@@ -91,6 +88,63 @@ class AttentionConfig:
             raise ValueError(f"exact_steps must be 0 or more, not {self.exact_steps}.")
         if self.kernel == "sage" and not self.allow_8bit:
             raise ValueError("The sage kernel computes in 8 bits; switch allow_8bit on, or choose another kernel.")
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """Settings of sparse attention (see attention/sparse/). Raises ValueError on values out of range.
+
+    max_error: the relative error of a layer's attention output that is accepted; 0 switches sparse attention off.
+    rule: "max_error": as few blocks as that allows; "density": this share of the blocks in each layer; "tau": the
+        blocks whose score is so many standard deviations above the mean of its row, as Sol-Attn takes them.
+    start_percent, end_percent: the part of sampling, 0 to 1, in which attention is sparse.
+    dense_blocks: numbers of blocks that stay dense, such as "0-2, -1"; -1 is the last one.
+    min_tokens: shorter sequences stay dense; 0: those in which sparse attention is measured to be no faster.
+    tail: what is left out enters as one term a block.
+    sigmas: the two percents as sigmas, where the model's own sampling is not at hand; None: asked of the model.
+    node_id: the node to show the result on; not part of the plan's identity.
+    """
+
+    max_error: float = 0.05
+    rule: str = "max_error"
+    density: float = 0.25
+    tau: float = 1.0
+    start_percent: float = 0.2
+    end_percent: float = 1.0
+    dense_blocks: str = ""
+    min_tokens: int = 0
+    tail: bool = True
+    sigmas: tuple[float, float] | None = None
+    node_id: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_error <= 1:
+            raise ValueError(
+                f"max_error must lie between 0 and 1, not {self.max_error}; 0 switches sparse attention off."
+            )
+        _one_of("rule of sparse attention", self.rule, SPARSE_RULES)
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must lie above 0 and be at most 1, not {self.density}.")
+        if not -10 <= self.tau <= 10:
+            raise ValueError(f"tau must lie between -10 and 10, not {self.tau}.")
+        _check_range(self.start_percent, self.end_percent)
+        if self.min_tokens < 0:
+            raise ValueError(f"min_tokens must be 0 (measured) or more, not {self.min_tokens}.")
+        self.stays_dense(0, 1)
+
+    def stays_dense(self, block: int, blocks: int) -> bool:
+        """Whether a block, by its number, of so many is among dense_blocks. Raises ValueError if these are no numbers
+        of blocks."""
+        for part in filter(None, self.dense_blocks.replace(" ", "").split(",")):
+            found = re.fullmatch(r"(-?\d{1,4})(?:-(\d{1,4}))?", part, re.ASCII)
+            if found is None:
+                raise ValueError(
+                    f'dense_blocks must be numbers of blocks such as "0-2, -1", not {self.dense_blocks[:60]!r}.'
+                )
+            first, last = int(found[1]), int(found[2] or found[1])
+            if first <= block <= last or first == block - blocks:
+                return True
+        return False
 
 
 @dataclass(frozen=True)
@@ -243,12 +297,26 @@ class Plan:
     fp8: FP8Config | None = None
     compile: CompileConfig | None = None
     parallel: ParallelConfig | None = None
+    sparse: SparseConfig | None = None
 
     @property
     def techniques(self) -> list[str]:
-        """The names of what is asked for; a threshold of 0 asks for no cache."""
+        """The names of what is asked for; a threshold of 0 asks for no cache, a max_error of 0 for no sparse
+        attention."""
         asked = [each.name for each in fields(self) if getattr(self, each.name) is not None]
-        return [name for name in asked if name != "cache" or (self.cache and self.cache.threshold != 0)]
+        off = []
+        if self.cache is not None and self.cache.threshold == 0:
+            off.append("cache")
+        if self.sparse is not None and self.sparse.rule == "max_error" and self.sparse.max_error == 0:
+            off.append("sparse")
+        return [name for name in asked if name not in off]
+
+
+def _check_range(start_percent: float, end_percent: float) -> None:
+    if not (0 <= start_percent <= 1 and 0 <= end_percent <= 1):
+        raise ValueError("start_percent and end_percent must lie between 0 and 1.")
+    if start_percent > end_percent:
+        raise ValueError(f"start_percent ({start_percent}) lies after end_percent ({end_percent}); swap the two.")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

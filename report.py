@@ -11,6 +11,7 @@ from . import events, host, live
 from .latents import SAME, difference, some_values
 from .plan import CacheConfig
 from .runs import Call, Run
+from .sparse_runs import SparseCall, SparseLayer, SparseRun
 from .stopwatch import Timed
 
 logger = logging.getLogger("skein")
@@ -91,6 +92,13 @@ def publish(run: Run) -> None:
     show(run.node_id, run.summary() + ended)
 
 
+def sparse_called(run: SparseRun) -> None:
+    """A run under sparse attention has begun, has one call more, or has ended."""
+    if _deliver is not None:
+        return _deliver("sparse", asdict(run) if run.ended else {**asdict(run), "layers": []})
+    live.sparse_called(run)
+
+
 def show(node_id: str | None, text: str, about: str = "") -> None:
     """Show a line of status on a node, where a ComfyUI server runs. about: the technique, to show it
     in the panel too."""
@@ -127,6 +135,11 @@ def _run_of(data: dict) -> Run:
     return Run(**{**data, "calls": [Call(**call) for call in data["calls"]]})
 
 
+def _sparse_run_of(data: dict) -> SparseRun:
+    calls, layers = [SparseCall(**each) for each in data["calls"]], [SparseLayer(**each) for each in data["layers"]]
+    return SparseRun(**{**data, "calls": calls, "layers": layers})
+
+
 def _receive_call(data: dict) -> None:
     run = live.current_run()
     if run is None or run.id != data["run"]:
@@ -142,6 +155,7 @@ KINDS: dict[str, Callable[[dict], None]] = {
     "begun": lambda data: begin(_run_of(data)),
     "called": _receive_call,
     "run": lambda data: publish(_run_of(data)),
+    "sparse": lambda data: sparse_called(_sparse_run_of(data)),
     "show": lambda data: show(**data),
     "note": lambda data: note(**data),
     "filled": lambda data: memory(**data),

@@ -16,15 +16,15 @@ from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 from . import conflicts, live
-from .attention import AttentionHook, Selection, stock
+from .attention import RING, AttentionHook, Heads, Selection, SparseAttention, Together, stock
 from .cache import CacheHook, Evaluations, FirstBlockCache
 from .compilation import CompiledBlocks, require_own_folder
 from .models import Network, Seam
 from .parallel import Mesh, Sharding
 from .patchers import own_network, plain
-from .plan import PLAN_KEY, AttentionConfig, CacheConfig, Plan
+from .plan import PLAN_KEY, AttentionConfig, CacheConfig, Plan, SparseConfig
 from .quantization import quantized
-from .report import begin, note, publish, show
+from .report import begin, note, publish, show, sparse_called
 from .runs import Run
 from .stopwatch import Stopwatch
 from .workers import delegated
@@ -58,8 +58,10 @@ class Sampling:
 def delegating(run: Sampling) -> Iterator[None]:
     """The run in the workers, with what these could not find out."""
     plan = run.plan
-    if plan.cache is not None and "cache" in plan.techniques:
-        plan = replace(plan, cache=replace(plan.cache, sigmas=cache_sigmas(plan.cache, run.guider.model_patcher)))
+    for name in ("cache", "sparse"):
+        config = getattr(plan, name)
+        if config is not None and name in plan.techniques:
+            plan = replace(plan, **{name: replace(config, sigmas=sigmas_of(config, run.guider.model_patcher))})
     with delegated(plan, run.guider, run.seam):
         yield
 
@@ -90,7 +92,7 @@ def _quantizing(run: Sampling) -> Iterator[None]:
 def _sharing(run: Sampling) -> Iterator[None]:
     """Each call's tokens over the processes of a mesh."""
     if run.mesh is not None and run.mesh.world > 1:
-        run.sharding = Sharding(run.mesh)
+        run.sharding = Sharding(run.mesh, whole_sequences="sparse" in run.plan.techniques)
         require_several_blocks(run.guider.model_patcher, "context parallelism")
         run.seam.blocks.append(run.sharding.around_block)
         run.seam.after = run.sharding.before_after
@@ -99,19 +101,52 @@ def _sharing(run: Sampling) -> Iterator[None]:
 
 @contextmanager
 def _attending(run: Sampling) -> Iterator[None]:
-    """Attention by the plan. Without one, ComfyUI's own as one operator, which compiled and shared blocks need."""
-    config = run.plan.attention
-    if config is None and run.plan.compile is None and run.sharding is None:
+    """Attention by the plan. Without one, ComfyUI's own as one operator, which compiled, shared and sparse blocks need;
+    text is then cut for sparse attention, which takes no mask."""
+    config, sparse = run.plan.attention, _sparse(run)
+    if config is None and run.plan.compile is None and run.sharding is None and sparse is None:
         yield
         return
-    config = config or AttentionConfig(kernel="stock", trim_text=False)
+    config = config or AttentionConfig(kernel="stock", trim_text=sparse is not None)
     selection = Selection(config, partial(stock, optimized_attention), say=partial(note, "attention"))
-    hook = AttentionHook(selection, config.trim_text, None if run.sharding is None else run.sharding.around)
+    around = None if run.sharding is None else run.sharding.around
+    hook = AttentionHook(selection, config.trim_text, around, sparse)
     run.seam.models.append(hook.around_model)
     run.seam.blocks.append(hook.around_block)
     hook.put_on(run.options)
-    yield
+    with nullcontext() if sparse is None else _recorded(run, sparse):
+        yield
     show(config.node_id, "; ".join(selection.reasons), "attention" if selection.reasons else "")
+
+
+def _sparse(run: Sampling) -> SparseAttention | None:
+    """The run's sparse attention, if the plan asks for it and the processes that share it are not in a ring."""
+    config, patcher, sharding = run.plan.sparse, run.guider.model_patcher, run.sharding
+    if config is None or "sparse" not in run.plan.techniques:
+        return None
+    together = Together()
+    if sharding is not None:
+        heads = Network(own_network(patcher)).heads
+        if all(each.ring_size > 1 or each.ulysses_size > heads for each in sharding.mesh.arrangements):
+            show(config.node_id, RING, "sparse")
+            return None
+        together = Together(lambda: Heads(sharding.of_all_heads, sharding.first_head), sharding.mesh.largest)
+    say = partial(show, config.node_id, about="sparse")
+    return SparseAttention(config, sigmas_of(config, patcher), patcher.load_device, together, sparse_called, say)
+
+
+@contextmanager
+def _recorded(run: Sampling, sparse: SparseAttention) -> Iterator[None]:
+    run.seam.models.append(sparse.around_model)
+    sparse_called(sparse.record)
+    try:
+        yield
+    finally:
+        record = sparse.end()
+        sparse_called(record)
+        said = "; ".join([record.summary(), *sparse.reasons])
+        logger.info("Skein sparse attention: %s", record.summary())
+        show(sparse.config.node_id, said, "sparse")
 
 
 @contextmanager
@@ -129,7 +164,12 @@ def _compiling(run: Sampling) -> Iterator[None]:
     if options.get("patches") or options.get("patches_replace"):
         config = replace(config, warm_up=False)  # other packs' code in the blocks may keep count of its calls
     # Workers exchange in between, and with 8-bit attention the first and last steps have another kernel.
-    same_kernels = run.sharding is None and not (run.plan.attention and run.plan.attention.allow_8bit)
+    # So it is between dense and sparse steps, and what is sparse is decided on the host.
+    same_kernels = (
+        run.sharding is None
+        and not (run.plan.attention and run.plan.attention.allow_8bit)
+        and "sparse" not in run.plan.techniques
+    )
     blocks = CompiledBlocks(config, partial(show, config.node_id, about="compile"), same_kernels)
     run.seam.models.append(blocks.around_model)
     run.seam.blocks.append(blocks.around_block)
@@ -182,7 +222,7 @@ def _caching(run: Sampling) -> Iterator[None]:
         return
     require_several_blocks(patcher, "the first-block cache")
     record = Run(node_id=config.node_id, limit=config.max_consecutive_hits, accumulate=config.accumulate)
-    sigmas = cache_sigmas(config, patcher)
+    sigmas = sigmas_of(config, patcher)
     total = () if run.mesh is None or run.sharding is None else (run.mesh.total,)
     cache = FirstBlockCache(config, *sigmas, *total)
     hook = CacheHook(cache, record, Stopwatch(patcher.load_device))
@@ -204,8 +244,8 @@ def _caching(run: Sampling) -> Iterator[None]:
         publish(record)
 
 
-def cache_sigmas(config: CacheConfig, patcher: "ModelPatcher") -> tuple[float, float]:
-    """The sigmas between which calls may be reused, under the sampling that other nodes have given the model."""
+def sigmas_of(config: CacheConfig | SparseConfig, patcher: "ModelPatcher") -> tuple[float, float]:
+    """The sigmas of start_percent and end_percent, under the sampling that other nodes have given the model."""
     if config.sigmas is not None:
         return config.sigmas
     percent_to_sigma = patcher.get_model_object("model_sampling").percent_to_sigma

@@ -3,6 +3,7 @@
 Letters: B batch, H heads, S tokens, D head dim.
 """
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import OPTIONS, OVERRIDE, WARM_UP_KEY, Block, ModelCall, Options, RunBlock, RunModel, Values
+from ..models import OPTIONS, OVERRIDE, WARM_UP_KEY, Block, ModelCall, Options, Place, RunBlock, RunModel, Values
 from .op import Attend, active, current_options, enter_block
 from .op import attention as attention_op
 from .selection import Selection
+from .sparse import SparseAttention
 from .text import without_padding
 
-Around = Callable[[Attend, bool], Attend]
+Around = Callable[[Attend, bool, Place | None], Attend]
 # In transformer_options:
 BLOCK_KEY = "skein_block"  # these are a block's, with its attention for the operator
 ROPE_KEY = "skein_rope"  # rotary factors that a block has left to its attention
@@ -25,6 +27,7 @@ INSIDE_KEY = "skein_inside_attention"  # ours has called ComfyUI's or another no
 
 OURS = "_skein_override"  # attribute of our functions
 OTHER_RUNS = "another node has set an attention of its own: it runs"
+OTHER_SPARSE = "another node has set an attention of its own: Skein's sparse attention runs in the blocks"
 OTHER_LEFT = "another node has set an attention of its own: Skein's runs in the blocks, kernel stock would leave it"
 NONE = "its attention does not ask for another one, and runs as ComfyUI has it"
 ALL_EXACT = "nothing is computed in 8 bits: exact_steps is {exact} at both ends, and there are {steps} steps"
@@ -33,13 +36,16 @@ ALL_EXACT = "nothing is computed in 8 bits: exact_steps is {exact} at both ends,
 class AttentionHook:
     """The attention of one run: its kernels, and whether padded text is cut."""
 
-    def __init__(self, selection: Selection, trim_text: bool, around: Around | None = None):
+    def __init__(
+        self, selection: Selection, trim_text: bool, around: Around | None = None, sparse: SparseAttention | None = None
+    ):
         """around: the exchange with other processes that stands around the kernels; told whether they are exact in this
-        call."""
+        call, and where the attention is. sparse: stands before the kernels, inside of it."""
         self.selection = selection
         self.trim_text = trim_text
         self.around = around
-        self._attentions = 0  # that have gone through the operator
+        self.sparse = sparse
+        self._now = threading.local()  # its place: of the block in progress on a thread
         self._reached: set[str] = set()  # paths of blocks of which one has: a CUDA graph is counted when it is recorded
         self._looked: tuple[Tensor | None, bool] = None, False  # a mask, and whether it hides anything
 
@@ -47,17 +53,21 @@ class AttentionHook:
         """Cuts padded text, and makes this run's kernels the thread's."""
         self.put_on(call.options)
         exact = not self.selection.config.allow_8bit or self._is_exact(call.options)
-        attend: Attend = partial(self.selection.attend, exact=exact)
-        if self.around is not None:
-            attend = self.around(attend, exact)
-        with active(partial(self._counted, attend), call.options):
+        with active(partial(self._attend, exact), call.options):
             padding = call.network.architecture.padding if self.trim_text else ""
             if not padding:
                 return run(call)
             return without_padding(lambda arguments: run(call.changed(**arguments)), call.arguments, padding)
 
-    def _counted(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        self._attentions += 1
+    def _attend(self, exact: bool, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        place: Place | None = getattr(self._now, "place", None)
+        if place is not None:
+            place.attentions += 1
+        attend: Attend = partial(self.selection.attend, exact=exact)
+        if self.sparse is not None:
+            attend = self.sparse.around(attend, place)
+        if self.around is not None:
+            attend = self.around(attend, exact, place)
         return attend(q, k, v, mask)
 
     def around_block(self, call: ModelCall, block: Block, values: Values, run: RunBlock) -> Values:
@@ -65,9 +75,12 @@ class AttentionHook:
         attention. Raises ValueError if a block that is shared has not asked for this one: its result would be wrong."""
         if isinstance(values.get(OPTIONS), dict):
             values = {**values, OPTIONS: {**values[OPTIONS], BLOCK_KEY: True}}
-        before = self._attentions
-        out = run(self._without_empty_masks(block, values))
-        if self._attentions > before:
+        self._now.place = place = Place(call, block)
+        try:
+            out = run(self._without_empty_masks(block, values))
+        finally:
+            self._now.place = None
+        if place.attentions:
             self._reached.add(block.path)
         elif WARM_UP_KEY not in call.options:
             if self.around is not None:
@@ -97,7 +110,10 @@ class AttentionHook:
             options[OVERRIDE] = override
         elif not hasattr(other, OURS):
             options[OVERRIDE], options[OTHER_KEY] = _before(other), other
-            self.selection.say(OTHER_RUNS if self.selection.config.kernel == "stock" else OTHER_LEFT)
+            if self.sparse is not None:
+                self.sparse.say(OTHER_SPARSE)
+            else:
+                self.selection.say(OTHER_RUNS if self.selection.config.kernel == "stock" else OTHER_LEFT)
 
     def _is_exact(self, options: Options) -> bool:
         config, schedule = self.selection.config, options.get("sample_sigmas")

@@ -3,6 +3,7 @@
 Letters: B batch, S image tokens, C channels.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ WARM_UP_KEY = "skein_warm_up"  # in the options of a call that is made only to c
 class ModelCall:
     """A call in progress.
 
-    arguments: of the network, by name. tokens: S, or this process's share of them; known from the first block on.
+    arguments: of the network, by name. tokens: S, or this process's share of them, and all_tokens: those of all
+    processes; known from the first block on.
     """
 
     def __init__(self, network: Network, arguments: Values):
         self.network = network
         self.arguments = arguments
-        self.tokens = 0
+        self.tokens = self.all_tokens = 0
 
     @property
     def options(self) -> Options:
@@ -45,7 +47,7 @@ class ModelCall:
     def enter(self, block: Block, values: Values) -> None:
         """Count the image's tokens, which the network's first block is given."""
         if block.index == 0 and not block.beside:
-            self.tokens = streams(values[block.stack.image])[0].shape[1]
+            self.tokens = self.all_tokens = streams(values[block.stack.image])[0].shape[1]
 
     def image(self, block: Block, values: Values) -> Tensor:
         """The image's tokens (B, S, C) of what a block is given or gives back: a view, but a copy (B, N, 1) where the
@@ -68,6 +70,21 @@ class ModelCall:
             first = 0 if block.stack.order == "image text" else parts[0].shape[1] - self.tokens
             return [parts[0].narrow(1, first, self.tokens)]
         return parts
+
+
+@dataclass
+class Place:
+    """A block in progress. attentions: of it, so far."""
+
+    call: ModelCall
+    block: Block
+    attentions: int = 0
+
+    @property
+    def goes_over(self) -> str:
+        """What its last attention went over, as in Stack.attention."""
+        over = self.block.stack.attention
+        return over[min(self.attentions, len(over)) - 1]
 
 
 def pass_by(block: Block, values: Values) -> Values:

@@ -151,6 +151,12 @@ class Mesh:
             times.append(-self._least(started - time.perf_counter()))
         return min(times)
 
+    def largest(self, values: list[float]) -> list[float]:
+        """Of each number, all ranks' largest."""
+        largest = torch.tensor(values, device=self.device, dtype=torch.float32)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.tolist()
+
     def _least(self, value: float) -> float:
         """The smallest of all ranks' values."""
         least = torch.tensor([float(value)], device=self.device)

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..models import Block, ModelCall, RunBlock, Values
+from ..models import Block, ModelCall, Place, RunBlock, Values
 from .mesh import Arrangement, Mesh, split
 from .ring import ring_attention
 from .share import Share
@@ -26,11 +26,12 @@ TRIAL_BYTES = 12  # memory of an attention's exchange or ring, for each byte of 
 class Sharding:
     """A run's blocks over the ranks of a mesh."""
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, mesh: Mesh, whole_sequences: bool = False):
+        """whole_sequences: attention wants these, and no ring is taken where it can be done without."""
         self.mesh = mesh
+        self.whole_sequences = whole_sequences
+        self._heads = 0  # of the attention in progress, on all ranks together
         self.share: Share | None = None  # of the call in progress
-        self._block: Block | None = None  # in progress
-        self._attentions = 0  # of it, so far
 
     def around_block(self, call: ModelCall, block: Block, values: Values, run: RunBlock) -> Values:
         """Runs a block on this rank's tokens."""
@@ -42,7 +43,6 @@ class Sharding:
         assert share is not None
         if values[name].shape == share.shape and (block.index == 0 or block.beside):
             values = {**values, name: share.cut_image(values[name])}
-        self._block, self._attentions = block, 0
         out = run(share.cut(block, values))
         if block is call.network.blocks[-1] and not architecture.after:
             whole = self._gathered(call.image(block, out))
@@ -60,46 +60,34 @@ class Sharding:
         with self.mesh.exchanging():
             return self.mesh.gather_tokens(image, share.tokens)
 
-    def around(self, attention: Attention, exact: bool) -> Attention:
+    def around(self, attention: Attention, exact: bool, place: Place | None) -> Attention:
         """The attention over all ranks' tokens by one over those at hand. exact: no 8-bit kernel is among these."""
-        return partial(self._attend, attention, exact)
+        return partial(self._attend, attention, exact, place)
 
     def _attend(
-        self, attention: Attention, exact: bool, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """Attention over all ranks' tokens by `attention`, of this rank's (B, H, T + s, D) as (B, T + s, H, D).
+        self, attention: Attention, exact: bool, place: Place | None, q: Tensor, k: Tensor, v: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Attention over all ranks' tokens by `attention`, of this rank's (B, H, T + s, D) as (B, T + s, H, D), in the
+        arrangement of the ranks that is fastest.
 
         mask: added to the scores, over the keys of all ranks: (1 or B, 1, T + S).
         """
-        share, block = self.share, self._block
-        if share is None or block is None:
-            return attention(q, k, v, mask)
-        over = block.stack.attention
-        goes_over = over[min(self._attentions, len(over) - 1)]
-        self._attentions += 1
-        if goes_over == "cross":
-            return attention(q, k, v, mask)
-        text = q.shape[2] - share.count
-        if not text or block.stack.order != "image text":
-            return self._attend_shared(attention, exact, q, k, v, mask, text)
-        q, k, v = (_text_first(x, share.count, dim=2) for x in (q, k, v))
-        mask = None if mask is None else _text_first(mask, share.image, dim=-1)
-        return _text_first(self._attend_shared(attention, exact, q, k, v, mask, text), text, dim=1)
-
-    def _attend_shared(
-        self, attention: Attention, exact: bool, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text: int
-    ) -> Tensor:
-        """The same with T = text tokens in front, in the arrangement of the ranks that is fastest."""
         share, mesh, heads = self.share, self.mesh, q.shape[1]
-        assert share is not None
+        if share is None or place is None or place.goes_over == "cross":
+            return attention(q, k, v, mask)
         possible = [
             each for each in mesh.arrangements if each.ulysses_size <= heads and (mask is None or each.ring_size == 1)
         ]
+        if self.whole_sequences:
+            possible = [each for each in possible if each.ring_size == 1] or possible
         if not possible:
             raise ValueError("Text with holes in its mask cannot go through a ring; set ring_degree to 1.")
+        self._heads = heads
+        text_first = place.block.stack.order != "image text"
 
         def run(arrangement: Arrangement) -> Tensor:
-            return self._attend_in(arrangement, share, attention, q, k, v, mask, text)
+            return self._attend_in(arrangement, share, attention, q, k, v, mask, text_first)
 
         if len(possible) == 1:
             return run(possible[0])
@@ -109,16 +97,30 @@ class Sharding:
         need = TRIAL_BYTES * q.numel() * q.element_size()
         return run(mesh.fastest(possible, problem, need, run))
 
+    def of_all_heads(self, table: Tensor) -> Tensor:
+        """A table (B, H, C) of all heads of the attention in progress, or of the last one, from that of this rank's."""
+        return self.mesh.gather_tokens(table, split(self._heads, self.mesh.world))
+
+    @property
+    def first_head(self) -> int:
+        """The first of this rank's heads of the attention in progress."""
+        return sum(split(self._heads, self.mesh.world)[: self.mesh.rank])
+
     def _attend_in(
         self, arrangement: Arrangement, share: Share, attention: Attention, q: Tensor, k: Tensor, v: Tensor,
-        mask: Tensor | None, text: int,
+        mask: Tensor | None, text_first: bool,
     ) -> Tensor:  # fmt: skip
-        """The same in one arrangement of the ranks."""
-        size, mesh = arrangement.ulysses_size, self.mesh
+        """The same in one arrangement of the ranks. text_first: in the sequence; a ring wants it so."""
+        size, mesh, text = arrangement.ulysses_size, self.mesh, q.shape[2] - share.count
+        if arrangement.ring_size > 1 and text and not text_first:
+            q, k, v = (_moved_to_front(x, text, dim=2) for x in (q, k, v))
+            out = self._attend_in(arrangement, share, attention, q, k, v, mask, text_first=True)
+            return _moved_to_front(out, share.count, dim=1)
         group = slice(arrangement.ring_rank * size, (arrangement.ring_rank + 1) * size)
         exchange = Ulysses(
-            arrangement.ulysses_group, arrangement.ulysses_rank, split(q.shape[1], size), share.tokens[group], text
-        )
+            arrangement.ulysses_group, arrangement.ulysses_rank, split(q.shape[1], size), share.tokens[group], text,
+            text_first,
+        )  # fmt: skip
         if size > 1:
             with mesh.exchanging():
                 q, k, v = exchange.to_heads(q, k, v)
@@ -132,6 +134,7 @@ class Sharding:
             return exchange.to_tokens(out)
 
 
-def _text_first(x: Tensor, first: int, dim: int) -> Tensor:
-    """The sequence with its first tokens behind the others."""
-    return torch.cat((x.narrow(dim, first, x.shape[dim] - first), x.narrow(dim, 0, first)), dim)
+def _moved_to_front(x: Tensor, last: int, dim: int) -> Tensor:
+    """The sequence with its last tokens before the others."""
+    rest = x.shape[dim] - last
+    return torch.cat((x.narrow(dim, rest, last), x.narrow(dim, 0, rest)), dim)

@@ -1,7 +1,7 @@
 """Ulysses: inside attention, tokens are exchanged for heads, so that each rank attends with all tokens and some heads.
 
-After DeepSpeed-Ulysses (Jacobs et al., arxiv.org/abs/2309.14509), for a few text tokens that every rank has and many
-image tokens of which each has a slice. Slices and heads may be uneven, nothing is padded. Rows of tokens come first in
+After DeepSpeed-Ulysses (Jacobs et al., arxiv.org/abs/2309.14509), for a few text tokens that every rank has, before or
+behind the image, and many image tokens of which each has a slice. Slices and heads may be uneven, nothing is padded. Rows of tokens come first in
 what is exchanged: so, for one sample, what arrives is the sequence as the kernel takes it, and the kernel's output is
 what is sent. Queries travel while keys are packed, and so on; a rank's own part is copied while the others travel.
 
@@ -30,12 +30,12 @@ WIDE = torch.complex128  # copies of what is not contiguous move value by value,
 class Ulysses:
     """The exchange for one number of tokens.
 
-    rank: of this process in the group. heads, tokens: of each rank of the group. text: T.
+    rank: of this process in the group. heads, tokens: of each rank of the group. text: T. text_first: in the sequence.
     """
 
-    def __init__(self, group: Any, rank: int, heads: list[int], tokens: list[int], text: int):
+    def __init__(self, group: Any, rank: int, heads: list[int], tokens: list[int], text: int, text_first: bool = True):
         self.group, self.rank = group, rank
-        self.heads, self.tokens, self.text = heads, tokens, text
+        self.heads, self.tokens, self.text, self.text_first = heads, tokens, text, text_first
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, T + s, D) as (B, h, T + S, D)."""
@@ -44,9 +44,10 @@ class Ulysses:
             heads = wide(x).permute(2, 0, 1, 3).split(self.heads, dim=2)  # of each rank (T + s, B, h, D)
             own = heads[self.rank]
             wholes.append(own.new_empty(self.text + sum(self.tokens), *own.shape[1:]))
-            text, *images = self._parts(wholes[-1])
-            works += self._begin([each[self.text :] for each in heads], images)
-            rest += [(text, own[: self.text]), (images[self.rank], own[self.text :])]
+            text, images = self._parts(wholes[-1], self.tokens)
+            own_text, (own_image,) = self._parts(own, [self.tokens[self.rank]])
+            works += self._begin([self._image(each) for each in heads], images)
+            rest += [(text, own_text), (images[self.rank], own_image)]
         for place, part in rest:
             place.copy_(part)
         finish(works)
@@ -55,25 +56,37 @@ class Ulysses:
 
     def to_tokens(self, out: Tensor) -> Tensor:
         """Attention's output (B, T + S, h, D) as (B, T + s, H, D)."""
-        text, *images = self._parts(wide(out).transpose(0, 1))  # (tokens, B, h, D)
+        text, images = self._parts(wide(out).transpose(0, 1), self.tokens)  # (tokens, B, h, D)
         _, batch, _, width = text.shape
         rows = self.text + self.tokens[self.rank]
         arriving = [text.new_empty(rows, batch, heads, width) for heads in self.heads]
-        works = self._begin([text] * len(images), [each[: self.text] for each in arriving])  # all need all of it
-        works += self._begin(images, [each[self.text :] for each in arriving])
+        works = self._begin([text] * len(images), [self._text(each) for each in arriving])  # all need all of it
+        works += self._begin(images, [self._image(each) for each in arriving])
         whole = text.new_empty(batch, rows, sum(self.heads), width)
         places = whole.transpose(0, 1).split(self.heads, dim=2)
-        places[self.rank][: self.text].copy_(text)
-        places[self.rank][self.text :].copy_(images[self.rank])
+        self._text(places[self.rank]).copy_(text)
+        self._image(places[self.rank]).copy_(images[self.rank])
         finish(works)
         for rank, part in enumerate(arriving):
             if rank != self.rank:
                 places[rank].copy_(part)
         return whole.view(out.dtype)
 
-    def _parts(self, rows: Tensor) -> Sequence[Tensor]:
-        """The text's rows of (T + S, ...), and each rank's."""
-        return rows.split([self.text, *self.tokens])
+    def _parts(self, rows: Tensor, tokens: list[int]) -> tuple[Tensor, Sequence[Tensor]]:
+        """The text's rows of a sequence, and the image's in such parts."""
+        if self.text_first:
+            text, *images = rows.split([self.text, *tokens])
+        else:
+            *images, text = rows.split([*tokens, self.text])
+        return text, images
+
+    def _text(self, rows: Tensor) -> Tensor:
+        """The text's rows of this rank's."""
+        return self._parts(rows, [self.tokens[self.rank]])[0]
+
+    def _image(self, rows: Tensor) -> Tensor:
+        """The image's rows of this rank's."""
+        return self._parts(rows, [self.tokens[self.rank]])[1][0]
 
     def _begin(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> "list[dist.Work]":
         """Begin to exchange tensors with each other rank; those of this rank itself stay where they are."""

@@ -3,6 +3,7 @@
 Letters: B batch, H heads, S tokens, D head dim, N blocks of queries, M blocks of keys.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -12,8 +13,7 @@ from torch import Tensor
 
 from ..kernels import Problem
 from ..kernels.kernel import input_obstacle, package_obstacle
-from .plain import sparse_attention
-from .selection import BLOCK
+from .plain import BLOCK, sparse_attention
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -32,8 +32,13 @@ class SparseKernel:
 
 
 def lists(kept: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks are kept, (B, H, N), and which, in front in their order, (B, H, N, M); int32."""
-    return kept.sum(dim=-1, dtype=torch.int32), (~kept).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
+    """How many blocks are kept, (B, H, N), and which, in front in their order, (B, H, N, M); int32. Behind them: zeros."""
+    blocks = kept.shape[-1]
+    places = kept.cumsum(dim=-1, dtype=torch.int32)
+    numbers = torch.arange(blocks, device=kept.device, dtype=torch.int32).expand(kept.shape)
+    indices = torch.zeros(*kept.shape[:-1], blocks + 1, device=kept.device, dtype=torch.int32)
+    indices.scatter_(-1, torch.where(kept, places - 1, blocks).long(), numbers)  # those left out: all in one place
+    return places[..., -1].contiguous(), indices[..., :-1].contiguous()
 
 
 def _flash4_obstacle(problem: Problem) -> str | None:
@@ -62,7 +67,18 @@ def _flash4(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> tuple[Tensor, Tens
 def _compiled_flex() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    # Past the limit of compilations it would run uncompiled, over all blocks: with fullgraph, that is an error.
+    return torch.compile(flex_attention, fullgraph=True)
+
+
+@cache
+def _with_lse() -> dict:
+    """The argument that asks FlexAttention for the log-sum-exp."""
+    from torch.nn.attention import flex_attention
+
+    if hasattr(flex_attention, "AuxRequest") and "return_aux" in inspect.signature(flex_attention.flex_attention).parameters:
+        return {"return_aux": flex_attention.AuxRequest(lse=True)}
+    return {"return_lse": True}
 
 
 def _flex_obstacle(problem: Problem) -> str | None:
@@ -72,8 +88,8 @@ def _flex_obstacle(problem: Problem) -> str | None:
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = _compiled_flex()(q, k, v, block_mask=flex_blocks(kept, q.shape[2]), return_lse=True)
-    return out.transpose(1, 2), lse
+    out, lse = _compiled_flex()(q, k, v, block_mask=flex_blocks(kept, q.shape[2]), **_with_lse())
+    return out.transpose(1, 2), getattr(lse, "lse", lse)
 
 
 def flex_blocks(kept: Tensor, tokens: int):
@@ -88,5 +104,7 @@ def flex_blocks(kept: Tensor, tokens: int):
 
 FLASH4 = SparseKernel("FlashAttention-4", _flash4_obstacle, _flash4)
 FLEX = SparseKernel("FlexAttention", _flex_obstacle, _flex)
-PLAIN = SparseKernel("plain attention", lambda problem: None, sparse_attention)
-SPARSE_KERNELS = (FLASH4, FLEX)  # the fastest first; PLAIN on a CPU
+PLAIN = SparseKernel(
+    "plain PyTorch", lambda problem: None if problem.device.type == "cpu" else "it is for CPUs", sparse_attention
+)
+SPARSE_KERNELS = (FLASH4, FLEX, PLAIN)

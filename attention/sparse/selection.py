@@ -5,27 +5,34 @@ limit. The limit is found for each head in each call: by what it does to some of
 over all keys. One limit for all queries of a head leaves out least for a given sum of what is lost. What is left out
 enters as one term a block: its mean key with the weight of all of its keys, and its mean value.
 
-Letters: B batch, H heads, S tokens, D head dim, N blocks of queries, M blocks of keys, R sampled queries, C limits.
+Letters: B batch, H heads, h those of this process, S tokens, D head dim, N blocks of queries, M blocks of keys,
+R sampled queries, C limits.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 128  # tokens
+from ...plan import SparseConfig
+from . import plain
+from .plain import BLOCK
+
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)  # that limits are tried for
-ALL = -1.0  # the limit below all shares
+ALL = -1e30  # the limit below all scores
 SAMPLED = 64  # queries of each head
 MARGIN = 0.9  # of the accepted error: all queries may do worse than those that were sampled
 PRICES = tuple(2.0**power for power in range(-8, 40))  # of an error in blocks computed, that limits are weighed by
-CHUNK = 1 << 27  # values of the sampled queries' scores at a time
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass
 class Pooled:
-    """Means of a tensor's blocks of tokens, (B, H, N, D) float32, and how many tokens each block has, (N,)."""
+    """Means of a tensor's blocks of tokens, (B, H, N, D) float32, and how many tokens each block has, (N,) float32."""
 
     means: Tensor
     counts: Tensor
@@ -33,69 +40,119 @@ class Pooled:
 
 @dataclass
 class Chosen:
-    """kept: which blocks of keys a block of queries attends to, (B, H, N, M). error: relative, of the layer's output on
-    the sampled queries, (B,). errors: of each head's, (B, H)."""
+    """kept: which blocks of keys a block of queries attends to, (B, h, N, M). k, v: their means. error: relative, of
+    the layer's output on the sampled queries, (B,). errors: of each head's, (B, h)."""
 
     kept: Tensor
+    k: Pooled
+    v: Pooled
     error: Tensor
     errors: Tensor
 
     @property
     def density(self) -> Tensor:
-        """The share of blocks that are kept, (B, H)."""
-        return self.kept.float().mean(dim=(2, 3))
+        """The share of blocks that are kept, (B, h)."""
+        return self.kept.mean(dim=(2, 3), dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of this process among all: from `first` on. gather: of a table (B, h, C), that of all processes' heads
+    (B, H, C)."""
+
+    gather: Callable[[Tensor], Tensor] = lambda table: table
+    first: int = 0
+
+
+ALONE = Heads()
+
+
+def parts_for(device: torch.device) -> ModuleType:
+    """The module that has `means`, `block_outputs` and `add_tail` for a device: Triton's, or plain torch."""
+    if device.type == "cuda" and torch.utils._triton.has_triton():
+        from . import sparse_triton
+
+        return sparse_triton
+    return plain
 
 
 def pool(x: Tensor) -> Pooled:
     """Of x (B, H, S, D); the last block may be shorter."""
-    tokens = x.shape[2]
-    whole, rest = divmod(tokens, BLOCK)
-    means = x[:, :, : whole * BLOCK].unflatten(2, (whole, BLOCK)).mean(dim=3, dtype=torch.float32)
-    counts = torch.full((whole + (rest > 0),), BLOCK, device=x.device)
-    if rest:
-        means = torch.cat([means, x[:, :, -rest:].mean(dim=2, keepdim=True, dtype=torch.float32)], dim=2)
-        counts[-1] = rest
+    means = parts_for(x.device).means(x)
+    counts = torch.full((means.shape[2],), float(BLOCK), device=x.device)
+    counts[-1:] = float(x.shape[2] - (means.shape[2] - 1) * BLOCK)
     return Pooled(means, counts)
 
 
-def shares(q: Pooled, k: Pooled, text: range) -> Tensor:
-    """What each block of keys has of the softmax, in shares of a block if all were equal: (B, H, N, M) float32.
-    Infinite for blocks with text, and for all where queries have text. text: of queries and of keys."""
+def choose(
+    q: Tensor, k: Tensor, v: Tensor, text: range, config: SparseConfig, turn: int = 0, heads: Heads = ALONE
+) -> Chosen:
+    """The fewest blocks that keep the relative error of a layer's output below config.max_error, or those that another
+    rule takes, for q, k, v (B, h, S, D).
+
+    text: tokens that attend to all, and to which all attend. turn: other queries are sampled in each.
+    """
+    pooled_q, pooled_k, pooled_v = (pool(x) for x in (q, k, v))
+    scores = _scores(pooled_q, pooled_k, text, by_deviation=config.rule == "tau")
+    rows = sampled_rows(q.shape[2], text, q.device, turn)
+    sampled = q[:, :, rows]
+    of_rows = scores[:, :, rows // BLOCK]  # (B, h, R, M)
+    limits = _limits(of_rows, config)
+    outs, sums = parts_for(q.device).block_outputs(sampled, k, v)
+    tail = (sampled, pooled_k, pooled_v) if config.tail else None
+    lost, size, density = _errors(outs, sums, of_rows.unsqueeze(3) >= limits[:, :, None, :, None], tail)
+    if config.rule == "max_error":
+        tables = heads.gather(torch.cat([lost, size.unsqueeze(-1), density], dim=-1))  # so that all choose as one
+        lost, size, density = tables.split([limits.shape[-1], 1, limits.shape[-1]], dim=-1)
+        size = size.squeeze(-1)
+        choice = _cheapest(density, lost, size, MARGIN * config.max_error)
+    else:
+        tables = heads.gather(torch.cat([lost, size.unsqueeze(-1)], dim=-1))
+        lost, size = tables[..., :-1], tables[..., -1]
+        choice = torch.ones_like(size, dtype=torch.long)
+    lost = lost.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
+    own = slice(heads.first, heads.first + q.shape[1])
+    limit = limits.gather(-1, choice[:, own].unsqueeze(-1)).unsqueeze(-1)
+    error = (lost.sum(dim=1) / size.sum(dim=1).clamp(min=1e-30)).sqrt()
+    errors = (lost / size.clamp(min=1e-30)).sqrt()[:, own]
+    return Chosen(scores >= limit, pooled_k, pooled_v, error, errors)
+
+
+def shares(q: Pooled, k: Pooled) -> Tensor:
+    """What each block of keys has of the softmax, in shares of a block if all were equal: (B, H, N, M) float32."""
     scores = q.means @ k.means.transpose(-1, -2) * q.means.shape[-1] ** -0.5
-    found = torch.softmax(scores + k.counts.log(), dim=-1) * len(k.counts)
+    return torch.softmax(scores + k.counts.log(), dim=-1) * len(k.counts)
+
+
+def deviations(q: Pooled, k: Pooled) -> Tensor:
+    """By how many standard deviations the score of each block of keys is above the mean of its row: (B, H, N, M)."""
+    scores = q.means @ k.means.transpose(-1, -2)
+    deviation, mean = torch.std_mean(scores, dim=-1, keepdim=True)
+    return (scores - mean) / deviation.clamp(min=1e-30)
+
+
+def _scores(q: Pooled, k: Pooled, text: range, by_deviation: bool) -> Tensor:
+    """Infinite for blocks of keys with text, and for all where queries have text; and for the largest of each row, for
+    a kernel must have one."""
+    found = deviations(q, k) if by_deviation else shares(q, k)
+    found.scatter_(-1, found.argmax(dim=-1, keepdim=True), float("inf"))
     if len(text):
         blocks = slice(text.start // BLOCK, (text.stop - 1) // BLOCK + 1)
         found[:, :, blocks], found[..., blocks] = float("inf"), float("inf")
     return found
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, text: range, max_error: float, tail: bool = True) -> Chosen:
-    """The fewest blocks that keep the relative error of a layer's output below max_error, for q, k, v (B, H, S, D).
-
-    text: tokens that attend to all, and to which all attend. tail: whether what is left out enters by its means.
-    """
-    pooled_q, pooled_k, pooled_v = (pool(x) for x in (q, k, v))
-    found = shares(pooled_q, pooled_k, text)
-    rows = sampled_rows(q.shape[2], text, q.device)
-    limits = _limits(found[:, :, rows // BLOCK])
-    at_a_time = max(CHUNK // (k.shape[0] * len(rows) * k.shape[2]), 1)  # heads
-    pieces = zip(*(x.split(at_a_time, dim=1) for x in (q, k, v, found, limits, pooled_k.means, pooled_v.means)))
-    measured = [_errors(*piece, rows, pooled_k.counts, tail) for piece in pieces]
-    lost, size, density = (torch.cat(each, dim=1) for each in zip(*measured))
-    choice = _cheapest(density, lost, size, MARGIN * max_error)
-    lost = lost.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
-    return Chosen(
-        found >= limits.gather(-1, choice.unsqueeze(-1)).unsqueeze(-1),
-        (lost.sum(dim=1) / size.sum(dim=1)).sqrt(),
-        (lost / size).sqrt(),
-    )
-
-
-def _limits(found: Tensor) -> Tensor:
-    """Below all shares, and for each of DENSITIES the limit that leaves it of these shares (B, H, R, M): (B, H, C)."""
-    ordered = found.flatten(2).sort(dim=-1, descending=True).values
-    places = [int(density * ordered.shape[-1]) for density in reversed(DENSITIES)]
-    return F.pad(ordered[..., places], (1, 0), value=ALL)
+def _limits(scores: Tensor, config: SparseConfig) -> Tensor:
+    """Limits to choose from, of the scores of some rows (B, h, R, M): first one below all, (B, h, C)."""
+    batch, heads = scores.shape[:2]
+    if config.rule == "tau":
+        limits = scores.new_full((batch, heads, 1), config.tau)
+    else:
+        densities = DENSITIES if config.rule == "max_error" else (config.density,)
+        ordered = scores.flatten(2).sort(dim=-1, descending=True).values
+        last = ordered.shape[-1] - 1
+        limits = ordered[..., [min(int(density * last), last) for density in reversed(densities)]]
+    return F.pad(limits, (1, 0), value=ALL)
 
 
 def _cheapest(density: Tensor, lost: Tensor, size: Tensor, max_error: float) -> Tensor:
@@ -103,7 +160,7 @@ def _cheapest(density: Tensor, lost: Tensor, size: Tensor, max_error: float) -> 
 
     density, lost: of each head and limit, (B, H, C); the first limit loses nothing. size: square of the output, (B, H).
     """
-    error = lost / size.sum(dim=1)[:, None, None] / max_error**2
+    error = lost / size.sum(dim=1).clamp(min=1e-30)[:, None, None] / max(max_error, 1e-12) ** 2
     prices = density.new_tensor(PRICES)
     choices = (density.unsqueeze(-1) + error.unsqueeze(-1) * prices).argmin(dim=2)  # of each price, (B, H, P)
     total = error.gather(2, choices).sum(dim=1)  # (B, P)
@@ -112,36 +169,48 @@ def _cheapest(density: Tensor, lost: Tensor, size: Tensor, max_error: float) -> 
     return torch.where(enough.any(dim=-1, keepdim=True), choice, 0)
 
 
-def sampled_rows(tokens: int, text: range, device: torch.device) -> Tensor:
-    """Queries spread over the image's, (R,), others in each call. The text is in front of the image or behind it."""
+def sampled_rows(tokens: int, text: range, device: torch.device, turn: int = 0) -> Tensor:
+    """Queries spread over the image's, (R,), the same wherever they are asked for. The text is in front of the image or
+    behind it."""
     start, stop = (0, text.start) if text.start else (text.stop, tokens)
     count = min(SAMPLED, stop - start)
-    places = (torch.arange(count, device=device) + torch.rand(count, device=device)) * ((stop - start) / count)
-    return (start + places.long()).clamp(max=stop - 1)
+    places = torch.arange(count, device=device)
+    within = ((places + count * turn).double() * GOLDEN).frac()  # of each piece of the image: the golden ratio spreads
+    return (start + ((places + within) * ((stop - start) / count)).long()).clamp(max=stop - 1)
 
 
 def _errors(
-    q: Tensor, k: Tensor, v: Tensor, found: Tensor, limits: Tensor, k_means: Tensor, v_means: Tensor, rows: Tensor,
-    counts: Tensor, tail: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of the sampled queries: squares of what their output is off under each limit, (B, H, C), and of the output itself,
-    (B, H); the share of blocks that is kept, (B, H, C)."""
-    scale, missing = q.shape[-1] ** -0.5, -k.shape[2] % BLOCK
-    sampled = q[:, :, rows].float()  # (B, H, R, D)
-    scores = sampled @ k.float().transpose(-1, -2) * scale
-    largest = scores.amax(dim=-1, keepdim=True)
-    weights = F.pad((scores - largest).exp(), (0, missing)).unflatten(-1, (-1, BLOCK))
-    values = F.pad(v.float(), (0, 0, 0, missing)).unflatten(2, (-1, BLOCK))
-    mass = weights.sum(dim=-1)  # (B, H, R, M)
-    sums = (weights.transpose(2, 3) @ values).transpose(2, 3)  # (B, H, R, M, D)
-    exact = sums.sum(dim=3) / mass.sum(dim=3, keepdim=True)
+    outs: Tensor, sums: Tensor, kept: Tensor, tail: tuple[Tensor, Pooled, Pooled] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of sampled queries: squares of what their output is off under each limit, (B, h, C), and of the output itself,
+    (B, h); the share of blocks that is kept, (B, h, C).
 
-    kept = (found[:, :, rows // BLOCK].unsqueeze(3) >= limits[:, :, None, :, None]).float()  # (B, H, R, C, M)
-    total, norm = kept @ sums, kept @ mass.unsqueeze(-1)  # (B, H, R, C, D), (B, H, R, C, 1)
-    if tail:
-        pooled = (sampled @ k_means.transpose(-1, -2) * scale - largest).exp() * counts
-        left = (1 - kept) * pooled.unsqueeze(3)
-        total, norm = total + left @ v_means.unsqueeze(2), norm + left.sum(dim=-1, keepdim=True)
-    off = (total / norm.clamp(min=1e-30) - exact.unsqueeze(3)).square().sum(dim=(2, 4))
-    off[..., 0] = 0.0  # all is kept
-    return off, exact.square().sum(dim=(2, 3)), kept.mean(dim=(2, 4))
+    outs, sums: over each block of keys (plain.block_outputs). kept: (B, h, R, C, M). tail: the queries (B, h, R, D),
+    keys and values, if what is left out enters by its means.
+    """
+    total = sums.logsumexp(dim=-1, keepdim=True)
+    weights = (sums - total).exp().to(outs.dtype)
+    weighed = kept * weights.unsqueeze(3)  # (B, h, R, C, M)
+    out, norm = _product(weighed, outs), weighed.sum(dim=-1, keepdim=True, dtype=torch.float32)
+    exact = out[:, :, :, :1] / norm[:, :, :, :1]
+    if tail is not None:
+        queries, k, v = tail
+        scores = queries.float() @ k.means.transpose(-1, -2) * queries.shape[-1] ** -0.5 + k.counts.log()
+        left = (scores - total).exp().unsqueeze(3) * ~kept
+        out = out + (left.flatten(2, 3) @ v.means).view_as(out)
+        norm = norm + left.sum(dim=-1, keepdim=True)
+    off = (out / norm.clamp(min=1e-30) - exact).square().sum(dim=(2, 4))
+    return off, exact.square().sum(dim=(2, 3, 4)), kept.mean(dim=(2, 4), dtype=torch.float32)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Of matrices (..., X, Y) and (..., Y, Z) in float32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    try:
+        found = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
+    except (TypeError, RuntimeError):  # before PyTorch 2.8, and on devices without it
+        return torch.stack([x.float() @ y.float() for x, y in zip(a.flatten(0, 1), b.flatten(0, 1))]).unflatten(
+            0, a.shape[:2]
+        )
+    return found.unflatten(0, a.shape[:-2])

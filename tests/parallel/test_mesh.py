@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from skein.attention import attention_with_lse
-from skein.models import ModelCall, Network
+from skein.models import ModelCall, Network, Place
 from skein.parallel import ring
 from skein.parallel.exchange import BLOCKS
 from skein.parallel.mesh import Mesh
@@ -57,7 +57,7 @@ def test_arrangements_are_tried_once_for_a_size_whatever_the_text_and_again_for_
     """A ring runs no 8-bit kernel: here it is the faster of two exact ones, and the slower beside one of 8 bits."""
     ran = []
 
-    def attend_in(self, arrangement, share, attention, q, k, v, mask, text):
+    def attend_in(self, arrangement, share, attention, q, k, v, mask, text_first):
         in_a_ring = arrangement.ring_size > 1
         ran.append("ring" if in_a_ring else "Ulysses")
         time.sleep(0.002 if in_a_ring else 0.006 if attention == "exact" else 0.0005)
@@ -81,10 +81,11 @@ def test_arrangements_are_tried_once_for_a_size_whatever_the_text_and_again_for_
         }
 
         def run(values):
-            sharding.around(attention, attention == "exact")(q, q, q, None)
+            sharding.around(attention, attention == "exact", place)(q, q, q, None)
             return values
 
-        sharding.around_block(call, network.blocks[0], values, run)
+        place = Place(call, network.blocks[0], attentions=1)
+        sharding.around_block(call, place.block, values, run)
         chosen.append(ran[-1])
         return len(ran)
 
