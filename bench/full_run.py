@@ -28,10 +28,11 @@ from skein import engine  # noqa: E402
 from skein.bench.random_model import add_arguments, chosen, inputs, random_model  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
-from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan  # noqa: E402
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan, SparseConfig  # noqa: E402
 from skein.report import recent_runs  # noqa: E402
 
 EVERY_SECOND = CacheConfig(threshold=1.0, max_consecutive_hits=1)
+QUARTER = SparseConfig(rule="density", density=0.25)
 PATHS = {
     "stock": Plan(),
     "cache": Plan(cache=CacheConfig()),
@@ -42,6 +43,12 @@ PATHS = {
     "half reused + attention + compile + fp8": Plan(EVERY_SECOND, AttentionConfig(), FP8Config(), CompileConfig()),
     "cache + attention + compile": Plan(CacheConfig(), AttentionConfig(), None, CompileConfig()),
     "cache + attention + compile + fp8": Plan(CacheConfig(), AttentionConfig(), FP8Config(), CompileConfig()),
+    "attention + compile + fp8, density 0.25": Plan(
+        None, AttentionConfig(), FP8Config(), CompileConfig(), None, QUARTER
+    ),
+    "half reused + attention + compile + fp8, density 0.25": Plan(
+        EVERY_SECOND, AttentionConfig(), FP8Config(), CompileConfig(), None, QUARTER
+    ),
     "all, 8-bit attention": Plan(CacheConfig(), AttentionConfig(allow_8bit=True), FP8Config(), CompileConfig()),
 }
 

@@ -1,6 +1,7 @@
 """Quality on the embedded, trained model: RGB previews of 12 prompts against a reference, with fixed seeds."""
 
 from collections.abc import Callable
+from typing import Any
 
 import comfy.latent_formats
 import numpy
@@ -13,19 +14,23 @@ def frames(latent) -> numpy.ndarray:
     return latent_to_frames(latent, comfy.latent_formats.HunyuanVideo()).numpy()
 
 
-def sampled(model, steps: int) -> list[numpy.ndarray]:
-    """Previews of all prompts."""
-    return [frames(sample(model, prompt, seed=100 + i, steps=steps)) for i, prompt in enumerate(PROMPTS)]
+def sampled(model, steps: int, count: int = len(PROMPTS), **arguments: Any) -> list[numpy.ndarray]:
+    """Previews of all prompts, or of some. arguments: for demo.sampling.sample, the shape of the latent say."""
+    prompts = enumerate(PROMPTS[:count])
+    return [frames(sample(model, prompt, seed=100 + i, steps=steps, **arguments)) for i, prompt in prompts]
 
 
-def compare(prepare: Callable, model, references: list, steps: int, after_each: Callable = lambda: None) -> dict:
-    """PSNR of a model against references: mean, worst, of each prompt, in dB.
+def compare(
+    prepare: Callable, model, references: list, steps: int, after_each: Callable = lambda: None, **arguments: Any
+) -> dict:
+    """PSNR of a model against references, of so many prompts: mean, worst, of each prompt, in dB.
 
-    prepare: makes the model to sample, anew for each prompt. after_each: called after each prompt.
+    prepare: makes the model to sample, anew for each prompt. after_each: called after each prompt. arguments: those of
+    the references.
     """
     qualities = []
-    for index, prompt in enumerate(PROMPTS):
-        latent = sample(prepare(model), prompt, seed=100 + index, steps=steps)
+    for index, prompt in enumerate(PROMPTS[: len(references)]):
+        latent = sample(prepare(model), prompt, seed=100 + index, steps=steps, **arguments)
         qualities.append(psnr(frames(latent), references[index]))
         after_each()
     return {

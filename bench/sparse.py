@@ -117,7 +117,7 @@ class Layer:
             run = comfy_kitchen.sol_attn
         except (ImportError, AttributeError):
             return {}
-        q, k, v = (x.contiguous() for x in (self.q, self.k, self.v))
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (self.q, self.k, self.v))
         return {"comfy_kitchen.sol_attn": attempt(lambda: self.ms(lambda: run(q, k, v, topk_ratio=density)))}
 
 

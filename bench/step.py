@@ -1,6 +1,7 @@
 """One model call of a diffusion transformer on this GPU: stock ComfyUI, each technique, all together.
 
     python3 -m bench.step [--model "FLUX.1 dev"] [--blocks 2 4] [--latent 1 16 17 68 120] [--paths ...]
+                          [--densities 0.5 0.25]
 
 The model has true sizes and random weights (bench/random_model.py). Every path samples through ComfyUI's own sampler in
 this process: one call a step. Blocks are timed one by one with events after a first
@@ -35,7 +36,7 @@ from skein.bench.random_model import MODELS, add_arguments, chosen, random_model
 from skein.bench.timing import Clock, ceilings, device_name  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
 from skein.models import Network  # noqa: E402
-from skein.plan import AttentionConfig, CompileConfig, FP8Config, Plan  # noqa: E402
+from skein.plan import AttentionConfig, CompileConfig, FP8Config, Plan, SparseConfig  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 EXACT, EIGHT_BIT, COMPILE = AttentionConfig(), AttentionConfig(allow_8bit=True, exact_steps=0), CompileConfig()
@@ -58,6 +59,15 @@ PATHS: dict[str, Plan] = {
     "8-bit attention + compile + fp8 tensor": Plan(attention=EIGHT_BIT, compile=COMPILE, fp8=TENSOR),
     "attention + compile, autotuned": Plan(attention=EXACT, compile=TUNED),
 }
+
+
+def sparse_paths(densities: list[float]) -> dict[str, Plan]:
+    """All together, with sparse attention of a fixed density in all calls."""
+    plans = {}
+    for density in densities:
+        sparse = SparseConfig(rule="density", density=density, start_percent=0.0)
+        plans[f"attention + compile + fp8 row, density {density}"] = Plan(None, EXACT, ROW, COMPILE, None, sparse)
+    return plans
 
 
 class Timer:
@@ -211,12 +221,16 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, default=1.0, help="above 1, a call has two conditionings")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--paths", nargs="*", default=list(PATHS), help="names of paths; stock always runs first")
+    parser.add_argument("--densities", type=float, nargs="*", default=[], help="of sparse attention, after the paths")
     parser.add_argument("--profile", nargs="*", default=[], help="paths of which to print the kernels' times")
     parser.add_argument("--kernels", action="store_true", help="measure each attention kernel too")
     options = parser.parse_args()
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("skein").setLevel(logging.INFO)
+    sparse = sparse_paths(options.densities)
+    PATHS.update(sparse)
+    options.paths += list(sparse)
     case, whole = chosen(options), MODELS[options.model]
     counts = {path: whole.config[entry] for path, entry in whole.blocks.items()}
     latent, text = case.latent, options.text or case.text[0]
