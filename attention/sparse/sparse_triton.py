@@ -13,6 +13,7 @@ from torch import Tensor
 
 BLOCK = 128  # tokens, as in plain.py
 TILE = 64  # means of keys at a time
+WARPS, STAGES = 8, 3
 
 
 @triton.jit
@@ -74,21 +75,20 @@ def _add_tail(
     kept_at = kept + (head * tl.num_programs(0) + block) * blocks
     for first in range(0, blocks, TILE):
         across = first + tl.arange(0, TILE)
-        left = tl.load(kept_at + across, mask=across < blocks, other=1) == 0
-        if tl.sum(left.to(tl.int32), axis=0) > 0:
-            piece = (head * blocks + across)[:, None] * width + columns[None, :]
-            valid = (across < blocks)[:, None] & (columns < width)[None, :]
-            keys = tl.load(k_means + piece, mask=valid, other=0.0)
-            scores = tl.dot(queries, tl.trans(keys)) * scale
-            scores += tl.load(weight + across, mask=across < blocks, other=0.0)[None, :]
-            scores = tl.where(left[None, :], scores, float("-inf"))
-            larger = tl.maximum(largest, tl.max(scores, axis=1))
-            fade = tl.exp2(largest - larger)
-            weights = tl.exp2(scores - larger[:, None])
-            norm = norm * fade + tl.sum(weights, axis=1)
-            values = tl.load(v_means + piece, mask=valid, other=0.0)
-            total = total * fade[:, None] + tl.dot(weights.to(values.dtype), values)
-            largest = larger
+        there = across < blocks
+        left = tl.load(kept_at + across, mask=there, other=1) == 0
+        bias = tl.where(left, tl.load(weight + across, mask=there, other=0.0), float("-inf"))
+        piece = (head * blocks + across)[:, None] * width + columns[None, :]
+        valid = there[:, None] & (columns < width)[None, :]
+        keys = tl.load(k_means + piece, mask=valid, other=0.0)
+        scores = tl.dot(queries, tl.trans(keys)) * scale + bias[None, :]
+        larger = tl.maximum(largest, tl.max(scores, axis=1))
+        fade = tl.exp2(largest - larger)
+        weights = tl.exp2(scores - larger[:, None])
+        norm = norm * fade + tl.sum(weights, axis=1)
+        values = tl.load(v_means + piece, mask=valid, other=0.0)
+        total = tl.dot(weights.to(values.dtype), values, total * fade[:, None])
+        largest = larger
     tl.store(at, (total / norm[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
@@ -125,6 +125,7 @@ def add_tail(
     _add_tail[(blocks, batch * heads)](
         out, sums.contiguous(), q, k_means.to(q.dtype), v_means.to(q.dtype), counts.log() * log2e,
         kept.contiguous().view(torch.uint8), *out.stride()[:3], *q.stride()[:3], heads, tokens, width, k_means.shape[2],
-        width**-0.5 * log2e, triton.next_power_of_2(width), BLOCK, TILE, num_warps=8,
+        width**-0.5 * log2e, triton.next_power_of_2(width), BLOCK, TILE,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
