@@ -11,6 +11,7 @@ but the seeded noise. Ends with one JSON line.
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 from pathlib import Path
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--max-errors", type=float, nargs="*", default=MAX_ERRORS)
     parser.add_argument("--shares", type=float, nargs="*", default=SHARES)
     options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with torch.inference_mode(), mock.patch("skein.techniques.SparseAttention", Observed):
         model = load_demo_model()
         references = sampled(model, options.steps, options.prompts, shape=options.latent)

@@ -43,15 +43,15 @@ class Cost:
 
 def measure(
     q: Tensor, k: Tensor, v: Tensor, dense: Callable[[], Tensor], choose: Callable[[], Chosen],
-    tail: Callable[[Tensor, Tensor, Chosen], Tensor], say: Callable[[str], None],
+    tail: Callable[[Tensor, Tensor, Chosen], Tensor], say: Callable[[str], None], anyway: bool,
 ) -> Cost:  # fmt: skip
     """The cost of an attention of q, k, v (B, H, S, D), by its own data.
 
     dense: computes it in full. choose: the blocks. tail: adds what is left out to an output and its log-sum-exp. say:
-    told why a kernel cannot run, where none of them can.
+    told why a kernel cannot run, where none of them can. anyway: kernels are tried even if choosing alone takes longer.
     """
     dense_ms, fixed_ms = _milliseconds(dense, q.device), _milliseconds(choose, q.device)
-    if fixed_ms >= dense_ms:
+    if fixed_ms >= dense_ms and not anyway:
         say(f"choosing blocks takes {fixed_ms:.2f} ms, dense attention {dense_ms:.2f} ms")
         return Cost(None, dense_ms, fixed_ms, NO_KERNEL)
     chosen = choose()

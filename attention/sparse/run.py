@@ -184,12 +184,13 @@ class SparseAttention:
 
     def _cost(self, q: Tensor, k: Tensor, v: Tensor, dense: Callable[[], Tensor], pick: Callable[[], Chosen]) -> Cost:
         """Of an attention of this size; asked of all processes at the same time."""
-        key = (Problem.of(q), q.shape[0], self.config.tail, self.config.rule)
+        anyway = bool(self.config.min_tokens)
+        key = (Problem.of(q), q.shape[0], self.config.tail, self.config.rule, anyway)
         if key in self._costs:
             return self._costs[key]
         reasons: list[str] = []
         if key not in MEASURED:
-            MEASURED[key] = measure(q, k, v, dense, pick, partial(self._with_tail, q), reasons.append)
+            MEASURED[key] = measure(q, k, v, dense, pick, partial(self._with_tail, q), reasons.append, anyway)
         cost = self._costs[key] = MEASURED[key].agreed(self.together.largest)
         self.record.dense_ms = cost.dense
         if cost.kernel is None or not self._pays(cost, 0.0):

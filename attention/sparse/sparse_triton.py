@@ -6,7 +6,10 @@ with the tail as an attention of its own, the output would be read and written t
 Letters: B batch, H heads, S tokens, D head dim, N blocks of queries, M blocks of keys, R sampled queries.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +17,7 @@ from torch import Tensor
 BLOCK = 128  # tokens, as in plain.py
 TILE = 64  # means of keys at a time
 WARPS, STAGES = 8, 3
+LOG2E = 1 / math.log(2)
 
 
 @triton.jit
@@ -60,7 +64,7 @@ def _block_outputs(
 @triton.jit
 def _add_tail(
     out, sums, q, k_means, v_means, weight, kept, out_b, out_s, out_h, q_b, q_h, q_s, heads, tokens, width, blocks,
-    scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    padded, scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
@@ -72,22 +76,21 @@ def _add_tail(
     total = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     largest = tl.load(sums + head * tokens + rows, mask=rows < tokens, other=0.0) * 1.4426950408889634
     norm = tl.full((BLOCK,), 1.0, dtype=tl.float32)
-    kept_at = kept + (head * tl.num_programs(0) + block) * blocks
-    for first in range(0, blocks, TILE):
-        across = first + tl.arange(0, TILE)
-        there = across < blocks
-        left = tl.load(kept_at + across, mask=there, other=1) == 0
-        bias = tl.where(left, tl.load(weight + across, mask=there, other=0.0), float("-inf"))
-        piece = (head * blocks + across)[:, None] * width + columns[None, :]
-        valid = there[:, None] & (columns < width)[None, :]
-        keys = tl.load(k_means + piece, mask=valid, other=0.0)
-        scores = tl.dot(queries, tl.trans(keys)) * scale + bias[None, :]
+    across = tl.arange(0, TILE)
+    kept_at = kept + (head * tl.num_programs(0) + block) * blocks + across
+    k_at = k_means + head * padded * WIDTH + columns[:, None] + across[None, :] * WIDTH
+    v_at = v_means + head * padded * WIDTH + across[:, None] * WIDTH + columns[None, :]
+    for first in range(0, padded, TILE):
+        left = tl.load(kept_at + first, mask=first + across < blocks, other=1) == 0
+        bias = tl.where(left, tl.load(weight + first + across), float("-inf"))
+        scores = tl.dot(queries, tl.load(k_at + first * WIDTH)) * scale + bias[None, :]
         larger = tl.maximum(largest, tl.max(scores, axis=1))
         fade = tl.exp2(largest - larger)
         weights = tl.exp2(scores - larger[:, None])
         norm = norm * fade + tl.sum(weights, axis=1)
-        values = tl.load(v_means + piece, mask=valid, other=0.0)
-        total = tl.dot(weights.to(values.dtype), values, total * fade[:, None])
+        total *= fade[:, None]
+        values = tl.load(v_at + first * WIDTH)
+        total = tl.dot(weights.to(values.dtype), values, total)
         largest = larger
     tl.store(at, (total / norm[:, None]).to(out.dtype.element_ty), mask=inside)
 
@@ -120,12 +123,13 @@ def add_tail(
 ) -> Tensor:
     """plain.add_tail, in the place of `out`."""
     batch, heads, tokens, width = q.shape
-    blocks = triton.cdiv(tokens, BLOCK)
-    log2e = 1.4426950408889634
-    _add_tail[(blocks, batch * heads)](
-        out, sums.contiguous(), q, k_means.to(q.dtype), v_means.to(q.dtype), counts.log() * log2e,
-        kept.contiguous().view(torch.uint8), *out.stride()[:3], *q.stride()[:3], heads, tokens, width, k_means.shape[2],
-        width**-0.5 * log2e, triton.next_power_of_2(width), BLOCK, TILE,
+    blocks, wide = k_means.shape[2], triton.next_power_of_2(width)
+    padding = (0, wide - width, 0, -blocks % TILE)  # so that the loop needs no masks
+    keys, values = (F.pad(x.to(q.dtype), padding) for x in (k_means, v_means))
+    weight = F.pad(counts.log() * LOG2E, (0, -blocks % TILE))
+    _add_tail[(triton.cdiv(tokens, BLOCK), batch * heads)](
+        out, sums.contiguous(), q, keys, values, weight, kept.contiguous().view(torch.uint8), *out.stride()[:3],
+        *q.stride()[:3], heads, tokens, width, blocks, keys.shape[2], width**-0.5 * LOG2E, wide, BLOCK, TILE,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
