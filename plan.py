@@ -105,7 +105,7 @@ class SparseConfig:
     node_id: the node to show the result on; not part of the plan's identity.
     """
 
-    max_error: float = 0.05
+    max_error: float = 0.1
     rule: str = "max_error"
     density: float = 0.25
     tau: float = 1.0

@@ -76,7 +76,10 @@ def _with_lse() -> dict:
     """The argument that asks FlexAttention for the log-sum-exp."""
     from torch.nn.attention import flex_attention
 
-    if hasattr(flex_attention, "AuxRequest") and "return_aux" in inspect.signature(flex_attention.flex_attention).parameters:
+    if (
+        hasattr(flex_attention, "AuxRequest")
+        and "return_aux" in inspect.signature(flex_attention.flex_attention).parameters
+    ):
         return {"return_aux": flex_attention.AuxRequest(lse=True)}
     return {"return_lse": True}
 
@@ -97,8 +100,16 @@ def flex_blocks(kept: Tensor, tokens: int):
     from torch.nn.attention.flex_attention import BlockMask
 
     counts, indices = lists(kept)
+    makes = inspect.signature(BlockMask.from_kv_blocks).parameters
+    forward_only = {"compute_q_blocks": False} if "compute_q_blocks" in makes else {}  # newer; saves milliseconds
     return BlockMask.from_kv_blocks(
-        torch.zeros_like(counts), indices, counts, indices, BLOCK_SIZE=BLOCK, seq_lengths=(tokens, tokens)
+        torch.zeros_like(counts),
+        indices,
+        counts,
+        indices,
+        BLOCK_SIZE=BLOCK,
+        seq_lengths=(tokens, tokens),
+        **forward_only,
     )
 
 

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 128  # tokens, as in plain.py
-TILE = 64  # means of keys at a time
-WARPS, STAGES = 8, 3
+ROWS, TILE = 64, 64  # queries of a program, means of keys at a time
+WARPS, STAGES = 4, 3
 LOG2E = 1 / math.log(2)
 
 
@@ -64,10 +64,10 @@ def _block_outputs(
 @triton.jit
 def _add_tail(
     out, sums, q, k_means, v_means, weight, kept, out_b, out_s, out_h, q_b, q_h, q_s, heads, tokens, width, blocks,
-    padded, scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    query_blocks, padded, scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    rows, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    piece, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    rows, columns = piece * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     inside = (rows < tokens)[:, None] & (columns < width)[None, :]
     far = rows.to(tl.int64)[:, None]
     at = out + (head // heads) * out_b + (head % heads) * out_h + far * out_s + columns[None, :]
@@ -75,9 +75,9 @@ def _add_tail(
     queries = tl.load(q_at, mask=inside, other=0.0)
     total = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     largest = tl.load(sums + head * tokens + rows, mask=rows < tokens, other=0.0) * 1.4426950408889634
-    norm = tl.full((BLOCK,), 1.0, dtype=tl.float32)
+    norm = tl.full((ROWS,), 1.0, dtype=tl.float32)
     across = tl.arange(0, TILE)
-    kept_at = kept + (head * tl.num_programs(0) + block) * blocks + across
+    kept_at = kept + (head * query_blocks + piece * ROWS // BLOCK) * blocks + across
     k_at = k_means + head * padded * WIDTH + columns[:, None] + across[None, :] * WIDTH
     v_at = v_means + head * padded * WIDTH + across[:, None] * WIDTH + columns[None, :]
     for first in range(0, padded, TILE):
@@ -127,9 +127,10 @@ def add_tail(
     padding = (0, wide - width, 0, -blocks % TILE)  # so that the loop needs no masks
     keys, values = (F.pad(x.to(q.dtype), padding) for x in (k_means, v_means))
     weight = F.pad(counts.log() * LOG2E, (0, -blocks % TILE))
-    _add_tail[(triton.cdiv(tokens, BLOCK), batch * heads)](
+    _add_tail[(triton.cdiv(tokens, ROWS), batch * heads)](
         out, sums.contiguous(), q, keys, values, weight, kept.contiguous().view(torch.uint8), *out.stride()[:3],
-        *q.stride()[:3], heads, tokens, width, blocks, keys.shape[2], width**-0.5 * LOG2E, wide, BLOCK, TILE,
+        *q.stride()[:3], heads, tokens, width, blocks, kept.shape[2], keys.shape[2], width**-0.5 * LOG2E, wide, BLOCK,
+        ROWS, TILE,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
