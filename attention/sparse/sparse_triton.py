@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 128  # tokens, as in plain.py
-ROWS, TILE = 64, 64  # queries of a program, means of keys at a time
+ROWS, TILE = 128, 32  # queries of a program, means of keys at a time
 WARPS, STAGES = 4, 3
 LOG2E = 1 / math.log(2)
 
