@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from comfy.latent_formats import HunyuanVideo
-from graphs import CACHE, SAMPLER, seeded
+from graphs import CACHE, SAMPLER, seeded, with_sparse
 from PIL import Image, ImageColor
-from skein.demo.run import in_workers, node_id, without_cache
+from skein.demo.run import in_workers, node_id
 from skein.demo.server import ComfyServer, PromptError, comfyui_path
 from skein.map_picture import colour_of, draw_map
 from skein.picture import COMPUTED, REUSED, THRESHOLD, draw_run
@@ -209,26 +209,12 @@ def test_a_model_without_cache_and_sparse_attention_gets_a_sentence(server, prom
         server.run(graph)
 
 
-def with_sparse(graph, cached, **settings):
-    """The graph with a report on sparse attention, in the cache's place or behind it, and tokens enough that choosing
-    blocks takes less than dense attention."""
-    graph = with_report(graph)
-    graph[node_id(graph, "EmptyHunyuanLatentVideo")]["inputs"].update(width=320, height=320)
-    cache = node_id(graph, CACHE)
-    inputs = {"model": graph[cache]["inputs"]["model"], "max_error": 0.2, "min_tokens": 1, **settings}
-    graph["sparse"] = {"class_type": "SkeinSparseAttention", "inputs": inputs}
-    graph[cache]["inputs"]["model"] = ["sparse", 0]
-    if not cached:
-        graph = without_cache(graph)
-    return graph
-
-
 def sparse_runs(server):
     return server.get("/skein/status")["sparse"]
 
 
 def test_sparse_attention_alone_is_reported_as_a_map(server, prompt):
-    outputs = server.run(with_sparse(seeded(prompt, 421), cached=False))
+    outputs = server.run(with_sparse(with_report(seeded(prompt, 421)), cached=False))
     numbers = json.loads(outputs["text"]["text"][0])
     run = sparse_runs(server)[-1]
     assert numbers == {"sparse_attention": run} and run["ended"] and len(run["calls"]) == 6
@@ -243,7 +229,7 @@ def test_sparse_attention_alone_is_reported_as_a_map(server, prompt):
 
 
 def test_with_both_the_picture_is_the_caches_and_the_numbers_are_of_both(server, prompt):
-    outputs = server.run(with_sparse(seeded(prompt, 422), cached=True))
+    outputs = server.run(with_sparse(with_report(seeded(prompt, 422)), cached=True))
     numbers = json.loads(outputs["text"]["text"][0])
     run = server.get("/skein/runs")["runs"][-1]
     assert numbers == {**run, "sparse_attention": sparse_runs(server)[-1]}
@@ -253,7 +239,7 @@ def test_with_both_the_picture_is_the_caches_and_the_numbers_are_of_both(server,
 
 
 def test_an_old_latent_gets_the_report_of_its_own_sparse_run(remembering, prompt):
-    graphs = [with_sparse(seeded(prompt, seed), cached=False) for seed in (423, 424)]
+    graphs = [with_sparse(with_report(seeded(prompt, seed)), cached=False) for seed in (423, 424)]
     first, second = (report_of(remembering, graph)["sparse_attention"] for graph in graphs)
     assert first["id"] != second["id"]
     assert report_of(remembering, graphs[0], width=648)["sparse_attention"] == first
@@ -261,7 +247,7 @@ def test_an_old_latent_gets_the_report_of_its_own_sparse_run(remembering, prompt
 
 
 def test_a_sparse_run_in_workers_is_found_by_its_latent(server, prompt):
-    graph = in_workers(with_sparse(seeded(prompt, 425), cached=True), "cpu,cpu")
+    graph = in_workers(with_sparse(with_report(seeded(prompt, 425)), cached=True), "cpu,cpu")
     numbers = report_of(server, graph)
     assert numbers == {**server.get("/skein/runs")["runs"][-1], "sparse_attention": sparse_runs(server)[-1]}
     server.post("/skein/release", {})
@@ -269,9 +255,11 @@ def test_a_sparse_run_in_workers_is_found_by_its_latent(server, prompt):
 
 def test_where_sparse_attention_stood_back_the_cache_is_reported(server, prompt):
     """In a ring all attention is dense: there is no run of it, and an older one is not taken for it."""
-    server.run(with_sparse(seeded(prompt, 426), cached=False))
+    server.run(with_sparse(with_report(seeded(prompt, 426)), cached=False))
     before = sparse_runs(server)
-    graph = in_workers(with_sparse(seeded(prompt, 427), cached=True), "cpu,cpu", ulysses_degree=1, ring_degree=2)
+    graph = in_workers(
+        with_sparse(with_report(seeded(prompt, 427)), cached=True), "cpu,cpu", ulysses_degree=1, ring_degree=2
+    )
     numbers = report_of(server, graph)
     assert numbers == {**server.get("/skein/runs")["runs"][-1], "sparse_attention": None}
     assert sparse_runs(server) == before
@@ -279,7 +267,7 @@ def test_where_sparse_attention_stood_back_the_cache_is_reported(server, prompt)
 
 
 def test_a_sparse_latent_that_no_run_ended_with_gets_a_sentence(server, prompt):
-    graph = with_sparse(seeded(prompt, 428), cached=False)
+    graph = with_sparse(with_report(seeded(prompt, 428)), cached=False)
     made = graph["report"]["inputs"]["latent"]
     graph["half"] = {"class_type": "LatentMultiply", "inputs": {"samples": made, "multiplier": 0.5}}
     graph["report"]["inputs"]["latent"] = ["half", 0]
