@@ -6,7 +6,7 @@ const NAME = 11; // pixels: height of a letter, the least room of a name
 const LETTER = 6.2; // pixels: its width
 const WIDTH = 280; // pixels: of the map's cells, where they are neither too small nor too large
 const HEIGHT = 200;
-const CHART = { width: 300, height: 84, left: 44, right: 10, top: 18, bottom: 16 }; // pixels
+const CHART = { width: 300, height: 88, left: 44, right: 10, top: 18, bottom: 22 }; // pixels
 
 const percent = (part, digits = 0) => `${(100 * part).toFixed(digits)} %`;
 const within = (least, value, most) => Math.min(Math.max(value, least), most);
@@ -98,7 +98,7 @@ class DensityMap {
   measure() {
     const rows = this.layers.length;
     this.columns = Math.max(...this.layers.map((layer) => layer.density.length));
-    this.left = 6 + LETTER * Math.max(...this.layers.map((layer) => layer.path.length));
+    this.left = Math.ceil(6 + LETTER * Math.max(...this.layers.map((layer) => layer.path.length)));
     this.wide = within(5, Math.floor(WIDTH / this.columns), 40);
     this.high = within(3, Math.floor(HEIGHT / rows), 20);
     const size = { width: this.left + this.columns * this.wide + 2, height: rows * this.high + 2 * NAME + 10 };
@@ -106,7 +106,8 @@ class DensityMap {
       element.style.width = `${size.width}px`;
       element.style.height = `${size.height}px`;
     }
-    for (const side of ["width", "height"]) this.cursor.setAttribute(side, side === "width" ? this.wide : this.high);
+    this.cursor.setAttribute("width", this.wide);
+    this.cursor.setAttribute("height", this.high);
   }
 
   cells() {
@@ -208,7 +209,7 @@ function chart(run, { name, kind, most, limit }, value) {
     ...(limit ? [svg("line", { class: "skein-threshold", x1: left, x2: far, y1: y(limit), y2: y(limit) })] : []),
     svg("polyline", { class: kind, points: line.join(" ") }),
     title,
-    ...stepNumbers(run.calls, x, height - 4),
+    ...stepNumbers(run.calls, x, height - 3),
   );
 }
 

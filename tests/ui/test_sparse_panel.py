@@ -218,6 +218,7 @@ def test_a_map_of_a_large_model(browser, ui_server, palette):
         assert len(light) == 1440 and light == sorted(light) and light[-1] > 6 * light[0]
         names = [text for text in comfy.page.locator(".skein-map text").all_text_contents() if "blocks" in text]
         assert names[0] == "double_blocks.0" and 10 <= len(names) < 30
+        comfy.page.set_viewport_size({"width": 1400, "height": 1500})
         comfy.screenshot(f"sparse-{palette}")
         comfy.page.evaluate("() => document.querySelector('.skein-cell').setAttribute('data-first', '')")
         comfy.tell(kind="note", about="sparse", text="another note")
