@@ -121,11 +121,14 @@ def sampling(techniques: Sequence[str], device: torch.device) -> Iterator[None]:
 
 
 def _give_up(error: str | None) -> None:
-    """End a run that was begun and will not be heard of again: its worker is gone."""
-    run = current_run()
+    """End runs that were begun and will not be heard of again: their worker is gone."""
+    run, sparse = current_run(), current_sparse_run()
     if run is not None:
         run.ended, run.error, run.seconds = True, error, time.time() - run.started
         events.emit("run", run=_outline(run))
+    if sparse is not None:
+        sparse.ended = True
+        events.emit("sparse", run=sparse.as_dict())
 
 
 def step(call: Any, run: Callable) -> Any:
@@ -177,6 +180,11 @@ def sparse_runs() -> list[SparseRun]:
     return list(_sparse_runs)
 
 
+def current_sparse_run() -> SparseRun | None:
+    """The run under sparse attention in progress."""
+    return _sparse_runs[-1] if _sparse_runs and not _sparse_runs[-1].ended else None
+
+
 def sparse_called(run: SparseRun) -> None:
     """A run under sparse attention has begun, has one call more, or has ended."""
     with events.lock:
@@ -188,17 +196,15 @@ def sparse_called(run: SparseRun) -> None:
         else:
             run.prompt_id, run.workflow_id = _sampling.prompt_id, _sampling.workflow_id
             _sparse_runs.append(run)
-        layers = {} if run.ended else {"layers": []}
+        layers: dict[str, list] = {} if run.ended else {"layers": []}
         events.emit("sparse", run={**run.as_dict(), **layers})
 
 
 def sampled(latent: list[float]) -> None:
     """The sampling in progress has made a latent with these values."""
-    run = current_run()
-    if run is not None:
-        run.latent = latent
-    if _sampling.running and "sparse" in _sampling.techniques and _sparse_runs:
-        _sparse_runs[-1].latent = latent
+    for run in (current_run(), current_sparse_run()):
+        if run is not None:
+            run.latent = latent
 
 
 def called(run: Run, times: list) -> None:

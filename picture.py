@@ -1,4 +1,5 @@
-"""The cache's picture as pixels: the change of each model call, the threshold, and what was reused."""
+"""The cache's picture as pixels: the change of each model call, the threshold, and what was reused. What other
+pictures share with it: the colours, and Canvas."""
 
 import math
 
@@ -16,25 +17,43 @@ SMOOTH = 2  # drawn so many times larger, then made smaller
 
 def draw_run(run: Run, width: int = 960, height: int = 480) -> Image.Image:
     """A run as an RGB picture. Raises ValueError if it has no calls, or the size is no picture's."""
-    for name, pixels, (least, most) in (("width", width, WIDTH), ("height", height, HEIGHT)):
-        if not least <= pixels <= most:
-            raise ValueError(f"The picture's {name} must be {least} to {most} pixels, not {pixels}.")
     if not run.calls:
         raise ValueError("The run has no model calls to draw.")
-    return _Drawing(run, width * SMOOTH, height * SMOOTH).image.resize((width, height), Image.Resampling.LANCZOS)
+    return _Drawing(run, width, height).finished()
 
 
-class _Drawing:
-    """One picture while it is drawn. Sizes follow from the smaller side."""
+class Canvas:
+    """A picture while it is drawn, SMOOTH times larger. Sizes follow from the smaller side. Raises ValueError if the
+    size, in pixels, is no picture's."""
 
-    def __init__(self, run: Run, width: int, height: int):
-        self.run = run
+    def __init__(self, width: int, height: int):
+        for name, pixels, (least, most) in (("width", width, WIDTH), ("height", height, HEIGHT)):
+            if not least <= pixels <= most:
+                raise ValueError(f"The picture's {name} must be {least} to {most} pixels, not {pixels}.")
+        self.size = width, height
+        width, height = SMOOTH * width, SMOOTH * height
         self.image = Image.new("RGB", (width, height), GROUND)
         self.pen = ImageDraw.Draw(self.image)
         self.unit = min(width, height) / 100
         self.font = ImageFont.load_default(max(4.2 * self.unit, 6))
         self.left, self.right = 13 * self.unit, width - 5 * self.unit
         self.top, self.bottom = 22 * self.unit, height - 14 * self.unit
+
+    def finished(self) -> Image.Image:
+        return self.image.resize(self.size, Image.Resampling.LANCZOS)
+
+    def draw_title(self, text: str, left: float) -> None:
+        """On top, from `left` on, smaller where it has no room."""
+        title, room = ImageFont.load_default(5 * self.unit), self.right - left
+        if (length := self.pen.textlength(text, title)) > room:
+            title = ImageFont.load_default(5 * self.unit * room / length)
+        self.pen.text((left, 4.5 * self.unit), text, TEXT, title, anchor="lt")
+
+
+class _Drawing(Canvas):
+    def __init__(self, run: Run, width: int, height: int):
+        super().__init__(width, height)
+        self.run = run
         self.threshold = run.calls[0].threshold
         changes = [call.change for call in run.calls if call.change]
         self.low = max(0.7 * min([*changes, self.threshold or FLOOR]), FLOOR)
@@ -42,7 +61,8 @@ class _Drawing:
         self._draw_axes()
         self._draw_threshold()
         self._draw_calls()
-        self._draw_title()
+        self.draw_title(run.summary(), self.left)
+        self._draw_legend()
 
     def _x(self, index: int) -> float:
         margin = 4 * self.unit
@@ -92,11 +112,7 @@ class _Drawing:
             fill, width = (GROUND, max(round(0.7 * self.unit), 1)) if hollow else (COMPUTED, 0)
             self.pen.ellipse((x - r, y - r, x + r, y + r), fill=fill, outline=COMPUTED, width=width)
 
-    def _draw_title(self) -> None:
-        title, room = ImageFont.load_default(5 * self.unit), self.right - self.left
-        if (length := self.pen.textlength(self.run.summary(), title)) > room:
-            title = ImageFont.load_default(5 * self.unit * room / length)
-        self.pen.text((self.left, 4.5 * self.unit), self.run.summary(), TEXT, title, anchor="lt")
+    def _draw_legend(self) -> None:
         y, x = 15 * self.unit, self.left + 2 * self.unit
         for reused, name in ((False, "computed"), (True, "reused")):
             self._draw_mark(x, y, reused)

@@ -3,18 +3,20 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from . import events, host, live
 from .latents import SAME, difference, some_values
-from .plan import CacheConfig
+from .plan import CacheConfig, Plan, SparseConfig
 from .runs import Call, Run
 from .sparse_runs import SparseCall, SparseLayer, SparseRun
 from .stopwatch import Timed
 
 logger = logging.getLogger("skein")
+
+AnyRun = TypeVar("AnyRun", Run, SparseRun)
 
 _deliver: Callable[[str, Any], None] | None = None  # in a worker process: hands reports to ComfyUI's
 
@@ -24,26 +26,50 @@ def recent_runs() -> list[Run]:
     return [run for run in live.runs() if run.ended]
 
 
-def run_of(latent: Tensor, cache: CacheConfig | None) -> Run:
-    """The run under a cache that made a latent. Raises ValueError if it is none of the last ones."""
-    if cache is None or cache.threshold == 0:
+def runs_of(latent: Tensor, plan: Plan) -> tuple[Run | None, SparseRun | None]:
+    """The runs under a plan's cache and under its sparse attention that made a latent; None for what the plan does not
+    ask for, and for sparse attention that stood back (techniques.py) in the cache's run. Raises ValueError if the plan
+    asks for neither, or if none of the last runs made the latent."""
+    cache = plan.cache if "cache" in plan.techniques else None
+    sparse = plan.sparse if "sparse" in plan.techniques else None
+    if cache is None and sparse is None:
         raise ValueError(
-            "There is no First-Block Cache on this model, or its threshold is 0; connect the model that comes out of "
-            "the cache's node."
-        )
-    runs = [run for run in reversed(recent_runs()) if run.node_id == cache.node_id and run.calls]
-    if not runs:
-        raise ValueError(
-            "This model's First-Block Cache has not run yet, or not lately; connect the latent of the sampler that "
-            "uses it."
+            "There is neither First-Block Cache nor Sparse Attention on this model, or it is switched off (threshold "
+            "0, max_error 0); connect the model that comes out of its node."
         )
     values = some_values(latent)
+    run = None if cache is None else _run_of_cache(values, cache)
+    try:
+        return run, None if sparse is None else _run_of_sparse(values, sparse)
+    except ValueError:
+        if run is None:
+            raise
+        return run, None
 
-    def distance(run: Run) -> tuple[float, bool]:
-        """Two thresholds may end in one latent."""
-        return difference(values, run.latent), run.calls[0].threshold != cache.threshold
 
-    nearest = min(runs, key=distance)
+def _run_of_cache(values: list[float], cache: CacheConfig) -> Run:
+    own = [run for run in recent_runs() if run.node_id == cache.node_id and run.calls]
+    return _nearest(values, own, "First-Block Cache", lambda run: run.calls[0].threshold == cache.threshold)
+
+
+def _run_of_sparse(values: list[float], sparse: SparseConfig) -> SparseRun:
+    max_error = sparse.max_error if sparse.rule == "max_error" else None
+    own = [run for run in live.sparse_runs() if run.ended and run.node_id == sparse.node_id and run.calls]
+    return _nearest(values, own, "Sparse Attention", lambda run: run.max_error == max_error)
+
+
+def _nearest(values: list[float], runs: list[AnyRun], technique: str, fits: Callable[[AnyRun], bool]) -> AnyRun:
+    """The run that made a latent with these values, of a technique's runs, oldest first. Of several that ended in one
+    latent, one that fits the settings, the newest. Raises ValueError if it is none of them."""
+    if not runs:
+        raise ValueError(
+            f"This model's {technique} has not run yet, or not lately; connect the latent of the sampler that uses it."
+        )
+
+    def distance(run: AnyRun) -> tuple[float, bool]:
+        return difference(values, run.latent), not fits(run)
+
+    nearest = min(reversed(runs), key=distance)
     if distance(nearest)[0] > SAME:
         raise ValueError(
             f"None of the last {live.KEPT_RUNS} runs ended with this latent; connect the sampler's own latent, before "

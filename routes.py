@@ -1,6 +1,6 @@
 """HTTP routes: what a browser shows, for browsers and for API users. A refusal is {"error": sentence}.
 
-    GET  /skein/status          all of live.snapshot(): sampling, processes, runs
+    GET  /skein/status          all of live.snapshot(): sampling, processes, runs, sparse
     GET  /skein/runs?limit=16   the last runs under the cache that have ended, oldest first: {"runs": [...]}
     GET  /skein/runs/<id>       one of them, or the one in progress
     POST /skein/listen          events for a client of the websocket: {"client_id": its id, "listen": true} -> {}

@@ -1,4 +1,4 @@
-"""The Cache Report node: a run under the First-Block Cache as a picture and as numbers."""
+"""The Cache Report node: a run under the First-Block Cache or under sparse attention as a picture and as numbers."""
 
 import json
 
@@ -7,8 +7,9 @@ import torch
 from comfy_api.latest import io
 
 from .. import engine
+from ..map_picture import draw_map
 from ..picture import HEIGHT, WIDTH, draw_run
-from ..report import run_of
+from ..report import runs_of
 
 
 def _side(name: str, default: int, limits: tuple[int, int]) -> io.Int.Input:
@@ -25,25 +26,40 @@ class CacheReportNode(io.ComfyNode):
             node_id="SkeinCacheReport",
             display_name="Cache Report (Skein)",
             category="Skein",
-            search_aliases=["cache curve", "cache statistics", "residual plot", "speedup"],
+            search_aliases=["cache curve", "cache statistics", "residual plot", "speedup", "sparse attention map"],
             description=(
-                "A run of a model's First-Block Cache as a picture (the change of each model call, the threshold, what "
-                "was reused) and as JSON: the run that made the latent."
+                "The run that made a latent, as a picture and as JSON. With First-Block Cache the picture shows the "
+                "change of each model call, the threshold and what was reused; with Sparse Attention alone, how much "
+                "of its attention each head of each layer has computed."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The model that was sampled, with First-Block Cache on it."),
+                io.Model.Input(
+                    "model", tooltip="The model that was sampled, with First-Block Cache or Sparse Attention on it."
+                ),
                 io.Latent.Input("latent", tooltip="The sampler's own latent; tells which run is shown."),
                 _side("width", 960, WIDTH),
                 _side("height", 480, HEIGHT),
             ],
             outputs=[
                 io.Image.Output("picture", tooltip="One RGB image."),
-                io.String.Output("numbers", tooltip="JSON: every model call, and the sums of the run."),
+                io.String.Output(
+                    "numbers",
+                    tooltip="JSON: every model call, and the sums of the run; under sparse_attention, what that did.",
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, model, latent: dict, width: int = 960, height: int = 480) -> io.NodeOutput:
-        run = run_of(latent["samples"], engine.plan_of(model).cache)
-        pixels = np.asarray(draw_run(run, width, height), dtype=np.float32) / 255
-        return io.NodeOutput(torch.from_numpy(pixels).unsqueeze(0), json.dumps(run.as_dict(), indent=2))
+        plan = engine.plan_of(model)
+        run, sparse = runs_of(latent["samples"], plan)
+        if run is not None:
+            picture = draw_run(run, width, height)
+        else:
+            assert sparse is not None  # else runs_of() has raised
+            picture = draw_map(sparse, width, height)
+        numbers = {} if run is None else run.as_dict()
+        if "sparse" in plan.techniques:
+            numbers["sparse_attention"] = None if sparse is None else sparse.as_dict()
+        pixels = np.asarray(picture, dtype=np.float32) / 255
+        return io.NodeOutput(torch.from_numpy(pixels).unsqueeze(0), json.dumps(numbers, indent=2))

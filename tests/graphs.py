@@ -2,7 +2,7 @@
 
 import copy
 
-from skein.demo.run import node_id
+from skein.demo.run import node_id, without_cache
 from skein.demo.video import read_frames
 
 CACHE, SAMPLER, LOADER, PROMPT = "SkeinFirstBlockCache", "KSampler", "UNETLoader", "SkeinDemoPrompt"
@@ -18,6 +18,18 @@ def seeded(graph, seed):
     graph = copy.deepcopy(graph)
     graph[node_id(graph, SAMPLER)]["inputs"]["seed"] = seed
     return graph
+
+
+def with_sparse(graph, cached, **settings):
+    """A copy with sparse attention before the cache or in its place, and tokens enough that choosing blocks takes less
+    than dense attention."""
+    graph = copy.deepcopy(graph)
+    cache = node_id(graph, CACHE)
+    graph[node_id(graph, "EmptyHunyuanLatentVideo")]["inputs"].update(width=320, height=320)
+    inputs = {"model": graph[cache]["inputs"]["model"], "max_error": 0.2, "min_tokens": 1, **settings}
+    graph["sparse"] = {"class_type": "SkeinSparseAttention", "inputs": inputs}
+    graph[cache]["inputs"]["model"] = ["sparse", 0]
+    return graph if cached else without_cache(graph)
 
 
 def custom_sampling(graph, cfg):

@@ -11,14 +11,16 @@ import types
 from contextlib import contextmanager
 
 import pytest
+import torch
 import websocket
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from graphs import SAMPLER, seeded
+from graphs import SAMPLER, seeded, with_sparse
 from skein import events, host, live
 from skein.demo.run import node_id
 from skein.report import add
 from skein.runs import Call, Run
+from skein.sparse_runs import SparseCall, SparseLayer, SparseRun
 
 
 @contextmanager
@@ -67,6 +69,70 @@ def test_a_run_as_events(server, prompt):
     assert kinds.count("sampling") >= 1 and kinds.count("step") == 6 and "processes" in kinds
     begun = next(event["sampling"] for event in told if event["kind"] == "sampling")
     assert begun["running"] and begun["techniques"] == ["cache"]
+
+
+def test_a_run_under_sparse_attention_as_events(server, prompt):
+    """Told whole with each call; its layers, which are many, when it has ended."""
+    with listening(server) as arrived:
+        server.run(with_sparse(seeded(prompt, 311), cached=True))
+    status = server.get("/skein/status")
+    told = [event for _, data in arrived for event in data["events"] if event["kind"] == "sparse"]
+    assert [len(event["run"]["calls"]) for event in told] == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert all(event["run"]["layers"] == [] and not event["run"]["ended"] for event in told[:-1])
+    run = status["sparse"][-1]
+    assert told[-1]["run"] == run and run["ended"] and len(run["layers"]) == 6
+    assert run["prompt_id"] == status["runs"][-1]["prompt_id"] is not None
+    assert all(len(json.dumps(event)) < 6000 for event in told)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The runs that events tell of, and no runs kept before."""
+    kept = []
+    live._sparse_runs.clear()
+    monkeypatch.setattr(events, "emit", lambda kind, **data: kept.append(data["run"]) if kind == "sparse" else None)
+    yield kept
+    live._sparse_runs.clear()
+
+
+def test_the_last_runs_under_sparse_attention_are_kept(told):
+    runs = [SparseRun() for _ in range(live.KEPT_RUNS + 3)]
+    for run in runs:
+        live.sparse_called(run)
+    assert [run["id"] for run in live.snapshot()["sparse"]] == [run.id for run in runs[3:]]
+    # As a worker tells of it again, whole: in the place of what was known, and with what only this process knows.
+    live._sparse_runs[-1].prompt_id, live._sparse_runs[-1].latent = "prompt", [1.0]
+    layers, calls = [SparseLayer("blocks.0", [0.5], [0.01])], [SparseCall(0, 1.0, 0.5, 0.01, 1, 1)]
+    again = SparseRun(id=runs[-1].id, layers=layers, calls=calls)
+    live.sparse_called(again)
+    assert live.sparse_runs()[-1] is again and again.latent == [1.0]
+    assert [len(told[-1][name]) for name in ("calls", "layers")] == [1, 0] and told[-1]["prompt_id"] == "prompt"
+    again.ended = True
+    live.sparse_called(again)
+    assert told[-1] == live.snapshot()["sparse"][-1] and len(told[-1]["layers"]) == 1
+    assert "latent" not in told[-1] and len(live.sparse_runs()) == live.KEPT_RUNS
+
+
+def test_a_sparse_run_whose_worker_is_gone_has_ended(told):
+    run = SparseRun()
+    with live.sampling(["sparse"], torch.device("cpu")):
+        live.sparse_called(run)
+        assert live.current_sparse_run() is run
+    assert run.ended and live.current_sparse_run() is None
+    assert told[-1]["id"] == run.id and told[-1]["ended"]
+
+
+def test_a_latent_is_of_the_sparse_run_in_progress(told):
+    """Sparse attention that stands back has no run: an older one must not get the latent."""
+    run = SparseRun()
+    with live.sampling(["sparse"], torch.device("cpu")):
+        live.sparse_called(run)
+        live.sampled([1.0, 2.0])
+        run.ended = True
+        live.sparse_called(run)
+    with live.sampling(["sparse"], torch.device("cpu")):
+        live.sampled([3.0, 4.0])
+    assert run.latent == [1.0, 2.0]
 
 
 def test_nothing_is_sent_unasked(server, prompt):

@@ -4,11 +4,13 @@ import { card } from "./cards.js";
 import { Curve } from "./curve.js";
 import { h, renew, t, times } from "./dom.js";
 import { estimate } from "./estimate.js";
+import { SparseSection } from "./sparse.js";
 
 const REDRAW_MS = 500; // between two pictures while a run goes on
 const TECHNIQUES = {
   cache: "First-Block Cache",
   attention: "Attention",
+  sparse: "Sparse Attention",
   fp8: "FP8 Quantize",
   compile: "Compile Blocks",
   parallel: "Context Parallel",
@@ -46,6 +48,7 @@ export class Panel {
 
   build() {
     this.curve = new Curve();
+    this.sparseSection = new SparseSection();
     this.banner = h("div", { class: "skein-banner", role: "alert", hidden: true });
     this.select = h("select", {
       "aria-label": t("Run"),
@@ -118,6 +121,7 @@ export class Panel {
           h("header", {}, this.select, this.state, this.figures),
           this.empty,
           this.picture,
+          this.sparseSection.element,
         ),
         h(
           "aside",
@@ -137,10 +141,25 @@ export class Panel {
     return this.store.runs.find((run) => run.id === this.chosen) ?? this.store.runs.at(-1);
   }
 
+  /** The run under sparse attention that belongs to what is looked at: of the same prompt. */
+  get sparse() {
+    const { sampling, sparse } = this.store;
+    if (this.chosen) return nearest(sparse, this.run);
+    const newest = sparse.at(-1);
+    if (sampling.running) return newest?.prompt_id === sampling.prompt_id ? newest : undefined;
+    return this.isOlder(newest) ? undefined : newest;
+  }
+
+  /** Whether a run under sparse attention is of an earlier prompt than the newest run under the cache. */
+  isOlder(sparse) {
+    const newest = this.store.runs.at(-1);
+    return Boolean(sparse && newest) && sparse.prompt_id !== newest.prompt_id && sparse.started < newest.started;
+  }
+
   draw() {
     const { store } = this;
     if (!store.runs.some((run) => run.id === this.chosen)) this.chosen = ""; // it is no longer kept
-    const { run } = this;
+    const { run, sparse } = this;
     this.drawn = performance.now();
     this.element.dataset.connection = store.connection;
     this.drawBanner();
@@ -148,6 +167,8 @@ export class Panel {
     const shown = Boolean(run?.calls.length) && !this.withoutCache();
     this.picture.hidden = this.figures.hidden = !shown;
     this.empty.hidden = shown;
+    this.empty.classList.toggle("skein-short", Boolean(sparse));
+    this.sparseSection.show(sparse);
     if (shown) this.drawRun(run);
     else renew(this.empty, this.emptyTexts(), emptyState);
     this.drawState(run);
@@ -158,7 +179,7 @@ export class Panel {
     const busy = working || (store.sampling.running && store.sampling.techniques.includes("parallel"));
     this.release.disabled = !alive || busy || store.connection !== "ready";
     this.release.title = busy ? t("The workers are at work; interrupt the run first.") : "";
-    this.copy.disabled = !run;
+    this.copy.disabled = !run && !sparse;
   }
 
   drawBanner() {
@@ -188,10 +209,13 @@ export class Panel {
     this.select.value = this.chosen;
   }
 
-  /** Whether what runs now has no cache, so that the newest run is an older one. */
+  /** Whether what runs now, or ran last, has no cache, so that the newest run under it is an older one. */
   withoutCache() {
-    const { running, techniques } = this.store.sampling;
-    return running && !this.chosen && !techniques.includes("cache");
+    const { sampling, runs, sparse } = this.store;
+    if (this.chosen) return false;
+    if (sampling.running) return !sampling.techniques.includes("cache");
+    const [cached, last] = [runs.at(-1), sparse.at(-1)];
+    return Boolean(last) && last.prompt_id !== cached?.prompt_id && !this.isOlder(last);
   }
 
   /** What stands in the place of the curve: a title, or "", and lines. */
@@ -199,6 +223,9 @@ export class Panel {
     const { connection, sampling } = this.store;
     if (connection === "loading") return ["", t("Reading the status...")];
     if (connection === "error") return ["", t("There is nothing to show.")];
+    if (this.withoutCache() && !sampling.running) {
+      return ["", t("The newest run has no First-Block Cache, so there is no curve.")];
+    }
     if (this.withoutCache()) {
       const calls = t("{calls} model calls so far.", { calls: sampling.calls });
       return ["", t("What runs now has no First-Block Cache, so there is no curve."), calls];
@@ -261,8 +288,9 @@ export class Panel {
   }
 
   async report() {
-    const { run, store } = this;
-    const text = JSON.stringify({ run, sampling: store.sampling, processes: store.processes }, null, 1);
+    const { sparse, store } = this;
+    const run = this.withoutCache() && sparse ? undefined : this.run; // else they would be of two prompts
+    const text = JSON.stringify({ run, sparse, sampling: store.sampling, processes: store.processes }, null, 1);
     this.fallback.hidden = true;
     try {
       return await this.actions.copy(text);
@@ -288,6 +316,14 @@ export class Panel {
   said(text) {
     this.message.textContent = text;
   }
+}
+
+/** Of the runs under sparse attention those of a run's prompt, and of these the one that began when it did: a prompt may
+ * sample more than once. */
+function nearest(sparse, run) {
+  const distance = (each) => Math.abs(each.started - run.started);
+  const same = sparse.filter((each) => each.prompt_id === run.prompt_id);
+  return same.sort((one, other) => distance(one) - distance(other))[0];
 }
 
 function emptyState([title, ...lines]) {

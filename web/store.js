@@ -12,6 +12,7 @@ export class Store {
     this.sampling = { running: false, techniques: [], notes: {}, calls: 0, error: null };
     this.processes = [];
     this.runs = [];
+    this.sparse = []; // runs under sparse attention
     this.listeners = new Set();
     this.early = []; // events that came while the status was being read
     this.reading = null;
@@ -40,8 +41,8 @@ export class Store {
 
   async read() {
     try {
-      const { seq, sampling, processes, runs } = await this.readStatus();
-      Object.assign(this, { seq, sampling, processes, runs, connection: "ready", error: "" });
+      const { seq, sampling, processes, runs, sparse } = await this.readStatus();
+      Object.assign(this, { seq, sampling, processes, runs, sparse, connection: "ready", error: "" });
     } catch (error) {
       this.connection = "error";
       this.error = error.message;
@@ -80,6 +81,7 @@ export class Store {
     else if (event.kind === "processes") this.processes = event.processes;
     else if (event.kind === "step") Object.assign(this.sampling, { calls: event.calls, step_ms: event.step_ms });
     else if (event.kind === "note") this.sampling.notes[event.about] = event.text;
+    else if (event.kind === "sparse") this.applySparse(event.run);
     else if (event.kind === "run" && run) Object.assign(run, event.run);
     else if (event.kind === "run") this.runs = [...this.runs, { ...event.run, calls: [] }].slice(-KEPT_RUNS);
     else if (event.kind === "call" && run) {
@@ -88,5 +90,13 @@ export class Store {
       Object.assign(run, event.sums);
     }
     for (const [index, ms] of (run && event.times) || []) if (run.calls[index]) run.calls[index].ms = ms;
+  }
+
+  /** Such a run comes whole, each time. */
+  applySparse(run) {
+    const known = this.sparse.some((each) => each.id === run.id);
+    this.sparse = known
+      ? this.sparse.map((each) => (each.id === run.id ? run : each))
+      : [...this.sparse, run].slice(-KEPT_RUNS);
   }
 }
