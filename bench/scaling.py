@@ -38,7 +38,7 @@ from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.random_model import add_arguments, chosen, inputs, random_checkpoint  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
-from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan  # noqa: E402
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan, SparseConfig  # noqa: E402
 from skein.report import recent_runs  # noqa: E402
 from skein.runs import Run  # noqa: E402
 from skein.workers import group, release  # noqa: E402
@@ -48,6 +48,14 @@ PATHS = {
     "stock": Plan(),
     "exact": Plan(attention=AttentionConfig(), compile=CompileConfig()),
     "all": Plan(CacheConfig(), AttentionConfig(), FP8Config(), CompileConfig()),
+    "density 0.25": Plan(
+        None,
+        AttentionConfig(),
+        FP8Config(),
+        CompileConfig(),
+        None,
+        SparseConfig(rule="density", density=0.25, start_percent=0.0),
+    ),
     "half reused": Plan(EVERY_SECOND, AttentionConfig(), FP8Config(), CompileConfig()),
 }
 

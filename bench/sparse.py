@@ -3,8 +3,8 @@
     python3 -m bench.sparse [--tokens 118860 --heads 24] [--densities 0.5 0.25 0.15]
 
 Queries, keys and values are Gaussian with means that drift along the sequence, in the layout of HunyuanVideo's blocks;
-so many of the last tokens are text. Each total has choosing, measuring of the error, the kernel, and what is left out as
-means. Errors are of some queries against float32 over the same blocks, without the means. Dense kernels, and
+so many of the last tokens are text. "whole_ms" has choosing, measuring of the error, the kernel, and what is left out
+as means. Errors are of some queries against float32 over the same blocks, without the means. Dense kernels, and
 comfy_kitchen.sol_attn where it is installed, run in the same process. Ends with one JSON line.
 """
 

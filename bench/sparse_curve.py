@@ -5,8 +5,8 @@
 Prompts are sampled with fixed seeds (euler, CFG 1) through ComfyUI's own sampler, all but the first 20 % of the steps
 sparse, and compared with dense attention as RGB previews. Beside the promised error: that of each layer's output
 against dense attention on the same inputs, computed in full. "share p" keeps, for each block of queries, the fewest
-blocks whose shares of the softmax reach p, as a rule without a measurement would. The model is trained; nothing is random
-but the seeded noise. Ends with one JSON line.
+blocks whose shares of the softmax reach p, as a rule without a measurement would. The model is trained; nothing is
+random but the seeded noise. Ends with one JSON line.
 """
 
 import argparse

@@ -1,9 +1,10 @@
 """Ulysses: inside attention, tokens are exchanged for heads, so that each rank attends with all tokens and some heads.
 
 After DeepSpeed-Ulysses (Jacobs et al., arxiv.org/abs/2309.14509), for a few text tokens that every rank has, before or
-behind the image, and many image tokens of which each has a slice. Slices and heads may be uneven, nothing is padded. Rows of tokens come first in
-what is exchanged: so, for one sample, what arrives is the sequence as the kernel takes it, and the kernel's output is
-what is sent. Queries travel while keys are packed, and so on; a rank's own part is copied while the others travel.
+behind the image, and many image tokens of which each has a slice. Slices and heads may be uneven, nothing is padded.
+Rows of tokens come first in what is exchanged: so, for one sample, what arrives is the sequence as the kernel takes it,
+and the kernel's output is what is sent. Queries travel while keys are packed, and so on; a rank's own part is copied
+while the others travel.
 
 Two text tokens t, five of the image, four heads, two ranks:
 

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,8 +65,8 @@ def measure(
             try:
                 _require_right(kernel, q, k, v, chosen.kept)
                 out, lse = kernel.run(q, k, v, chosen.kept)
-                whole = _milliseconds(lambda run=kernel.run: run(q, k, v, chosen.kept), q.device) / density
-                fixed = fixed_ms + _milliseconds(lambda out=out, lse=lse: tail(out, lse, chosen), q.device)
+                whole = _milliseconds(partial(kernel.run, q, k, v, chosen.kept), q.device) / density
+                fixed = fixed_ms + _milliseconds(partial(tail, out, lse, chosen), q.device)
             except Exception as error:  # a package may raise anything
                 if is_out_of_memory(error):
                     raise

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ Run = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 class SparseKernel:
     """obstacle: why it cannot run a problem, in words; None if it can.
 
-    run: (B, H, S, D) queries, keys and values, any strides, and which blocks are kept (B, H, N, M), at least one for each
-    block of queries; to the output (B, S, H, D) and the log-sum-exp of the scores (B, H, S) in float32.
+    run: (B, H, S, D) queries, keys and values, any strides but 1 in D, and which blocks are kept (B, H, N, M), at least
+    one for each block of queries; to the output (B, S, H, D) and the log-sum-exp of the scores (B, H, S) in float32.
     """
 
     label: str
@@ -32,7 +33,7 @@ class SparseKernel:
 
 
 def lists(kept: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks are kept, (B, H, N), and which, in front in their order, (B, H, N, M); int32. Behind them: zeros."""
+    """How many blocks are kept, (B, H, N), and which, in their order and then zeros, (B, H, N, M); int32."""
     blocks = kept.shape[-1]
     places = kept.cumsum(dim=-1, dtype=torch.int32)
     numbers = torch.arange(blocks, device=kept.device, dtype=torch.int32).expand(kept.shape)
@@ -101,7 +102,9 @@ def flex_blocks(kept: Tensor, tokens: int):
 
     counts, indices = lists(kept)
     makes = inspect.signature(BlockMask.from_kv_blocks).parameters
-    forward_only = {"compute_q_blocks": False} if "compute_q_blocks" in makes else {}  # newer; saves milliseconds
+    forward_only: dict[str, Any] = (
+        {"compute_q_blocks": False} if "compute_q_blocks" in makes else {}
+    )  # newer; saves milliseconds
     return BlockMask.from_kv_blocks(
         torch.zeros_like(counts),
         indices,

@@ -1,9 +1,9 @@
 """Which blocks of keys each block of queries attends to: as few as leave the attention's error below what is accepted.
 
 A block of keys is kept for a block of queries where its share of the softmax of mean query times mean key is above a
-limit. The limit is found for each head in each call: by what it does to some of the queries, whose attention is computed
-over all keys. One limit for all queries of a head leaves out least for a given sum of what is lost. What is left out
-enters as one term a block: its mean key with the weight of all of its keys, and its mean value.
+limit. The limit is found for each head in each call, by what it does to some of the queries, whose attention is
+computed over all keys. One limit for all queries of a head leaves out least for a given sum of what is lost. What is
+left out enters as one term a block: its mean key with the weight of all of its keys, and its mean value.
 
 Letters: B batch, H heads, h those of this process, S tokens, D head dim, N blocks of queries, M blocks of keys,
 R sampled queries, C limits.

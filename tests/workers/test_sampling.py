@@ -21,7 +21,7 @@ from comfy_extras.nodes_easycache import EasyCacheNode
 from skein import engine, live
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
-from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, SparseConfig
 from skein.report import recent_runs
 from skein.workers import GroupError, release
 from skein.workers.delegation import _take_off
@@ -110,6 +110,28 @@ def test_the_cache_decides_as_in_one_process(group, models):
     (one, alone), (many, shared) = runs
     assert shared is not alone and [call.reused for call in shared.calls] == [call.reused for call in alone.calls]
     assert 0 < shared.reused < 12 and relative_error(many, one) < 1e-4
+
+
+def test_sparse_attention_chooses_as_in_one_process(group, models, caplog):
+    """Blocks, errors and the picture; where the devices form a ring, all is dense, and the node says so."""
+    parallel, heads = group
+    plan = dict(sparse=SparseConfig(0.2, start_percent=0.3, min_tokens=1))
+    arguments = dict(steps=4, shape=(1, 16, 3, 24, 20), positive=text(9))
+    for count in heads:
+        model = models(count)
+        one, alone = sample(engine.edit(model, **plan), **arguments), live.sparse_runs()[-1]
+        many, shared = sample(parallel(model, **plan), **arguments), live.sparse_runs()[-1]
+        if "ring" in live.snapshot()["sampling"]["notes"]["sparse"]:
+            dense = sample(model, **arguments)
+            assert shared is alone and relative_error(many, dense) < TOLERANCE < relative_error(one, dense)
+            continue
+        assert shared is not alone and shared.ended and [call.sparse for call in shared.calls][-1] == 4
+        for call, other in zip(shared.calls, alone.calls, strict=True):
+            assert (call.step, call.sparse) == (other.step, other.sparse)
+            assert call.density == pytest.approx(other.density) and call.error == pytest.approx(other.error, abs=1e-4)
+        assert shared.density < 0.95 and relative_error(many, one) < 1e-4
+        assert [layer.path for layer in shared.layers] == [layer.path for layer in alone.layers]
+        assert all(len(layer.density) == count for layer in shared.layers)
 
 
 def with_softer_input(model):
