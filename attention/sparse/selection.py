@@ -26,7 +26,7 @@ DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.
 ALL = -1e30  # the limit below all scores
 SAMPLED = 64  # queries of each head
 MARGIN = 0.9  # of the accepted error: all queries may do worse than those that were sampled
-PRICES = tuple(2.0**power for power in range(-8, 40))  # of an error in blocks computed, that limits are weighed by
+PRICES = tuple(2.0 ** (power / 8) for power in range(-64, 320))  # of an error in blocks computed, to weigh limits by
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
