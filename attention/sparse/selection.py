@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from .plain import BLOCK
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)  # that limits are tried for
 ALL = -1e30  # the limit below all scores
 SAMPLED = 64  # queries of each head
-MARGIN = 0.9  # of the accepted error: all queries may do worse than those that were sampled
+DEVIATIONS = 2.0  # standard deviations by which all queries may be worse than those that were sampled
 PRICES = tuple(2.0 ** (power / 8) for power in range(-64, 320))  # of an error in blocks computed, to weigh limits by
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -53,6 +54,16 @@ class Chosen:
     def density(self) -> Tensor:
         """The share of blocks that are kept, (B, h)."""
         return self.kept.mean(dim=(2, 3), dtype=torch.float32)
+
+
+class _Measured(NamedTuple):
+    """Of sampled queries, for each limit (B, h, C): the squares of what their output is off, and the variance of that
+    sum; the squares of the output itself; the share of blocks that is kept. The first limit loses nothing."""
+
+    lost: Tensor
+    variance: Tensor
+    size: Tensor
+    density: Tensor
 
 
 @dataclass(frozen=True)
@@ -100,15 +111,12 @@ def choose(
     limits = _limits(of_rows, config)
     outs, sums = parts_for(q.device).block_outputs(sampled, k, v)
     tail = (sampled, pooled_k, pooled_v) if config.tail else None
-    lost, size, density = _errors(outs, sums, of_rows.unsqueeze(3) >= limits[:, :, None, :, None], tail)
+    measured = _measure(outs, sums, of_rows.unsqueeze(3) >= limits[:, :, None, :, None], tail)
+    measured = _Measured(*heads.gather(torch.cat(measured, dim=-1)).split(limits.shape[-1], dim=-1))
+    lost, size = measured.lost, measured.size[..., 0]
     if config.rule == "max_error":
-        tables = heads.gather(torch.cat([lost, size.unsqueeze(-1), density], dim=-1))  # so that all choose as one
-        lost, size, density = tables.split([limits.shape[-1], 1, limits.shape[-1]], dim=-1)
-        size = size.squeeze(-1)
-        choice = _cheapest(density, lost, size, MARGIN * config.max_error)
+        choice = _cheapest(measured, config.max_error)
     else:
-        tables = heads.gather(torch.cat([lost, size.unsqueeze(-1)], dim=-1))
-        lost, size = tables[..., :-1], tables[..., -1]
         choice = torch.ones_like(size, dtype=torch.long)
     lost = lost.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
     own = slice(heads.first, heads.first + q.shape[1])
@@ -155,16 +163,14 @@ def _limits(scores: Tensor, config: SparseConfig) -> Tensor:
     return F.pad(limits, (1, 0), value=ALL)
 
 
-def _cheapest(density: Tensor, lost: Tensor, size: Tensor, max_error: float) -> Tensor:
-    """The limit of each head, (B, H), that together compute least with an error below max_error.
-
-    density, lost: of each head and limit, (B, H, C); the first limit loses nothing. size: square of the output, (B, H).
-    """
-    error = lost / size.sum(dim=1).clamp(min=1e-30)[:, None, None] / max(max_error, 1e-12) ** 2
-    prices = density.new_tensor(PRICES)
-    choices = (density.unsqueeze(-1) + error.unsqueeze(-1) * prices).argmin(dim=2)  # of each price, (B, H, P)
-    total = error.gather(2, choices).sum(dim=1)  # (B, P)
-    enough = total <= 1
+def _cheapest(measured: _Measured, max_error: float) -> Tensor:
+    """The limit of each head, (B, H), that together compute least with an error below max_error."""
+    accepted = measured.size[..., 0].sum(dim=1).clamp(min=1e-30)[:, None, None] * max(max_error, 1e-12) ** 2
+    error, variance = measured.lost / accepted, measured.variance / accepted.square()
+    prices = error.new_tensor(PRICES)
+    choices = (measured.density.unsqueeze(-1) + error.unsqueeze(-1) * prices).argmin(dim=2)  # of each price, (B, H, P)
+    total, spread = (x.gather(2, choices).sum(dim=1) for x in (error, variance))  # (B, P)
+    enough = total + DEVIATIONS * spread.sqrt() <= 1
     choice = choices.gather(2, enough.int().argmax(dim=-1)[:, None, None].expand(-1, choices.shape[1], 1)).squeeze(-1)
     return torch.where(enough.any(dim=-1, keepdim=True), choice, 0)
 
@@ -179,11 +185,8 @@ def sampled_rows(tokens: int, text: range, device: torch.device, turn: int = 0) 
     return (start + ((places + within) * ((stop - start) / count)).long()).clamp(max=stop - 1)
 
 
-def _errors(
-    outs: Tensor, sums: Tensor, kept: Tensor, tail: tuple[Tensor, Pooled, Pooled] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of sampled queries: squares of what their output is off under each limit, (B, h, C), and of the output itself,
-    (B, h); the share of blocks that is kept, (B, h, C).
+def _measure(outs: Tensor, sums: Tensor, kept: Tensor, tail: tuple[Tensor, Pooled, Pooled] | None) -> _Measured:
+    """What each limit does to the sampled queries.
 
     outs, sums: over each block of keys (plain.block_outputs). kept: (B, h, R, C, M). tail: the queries (B, h, R, D),
     keys and values, if what is left out enters by its means.
@@ -199,8 +202,10 @@ def _errors(
         left = (scores - total).exp().unsqueeze(3) * ~kept
         out = out + (left.flatten(2, 3) @ v.means).view_as(out)
         norm = norm + left.sum(dim=-1, keepdim=True)
-    off = (out / norm.clamp(min=1e-30) - exact).square().sum(dim=(2, 4))
-    return off, exact.square().sum(dim=(2, 3, 4)), kept.mean(dim=(2, 4), dtype=torch.float32)
+    off = (out / norm.clamp(min=1e-30) - exact).square().sum(dim=4)  # (B, h, R, C)
+    lost, variance = off.sum(dim=2), off.var(dim=2, unbiased=False) * off.shape[2]
+    size = exact.square().sum(dim=(2, 4)).expand_as(lost)
+    return _Measured(lost, variance, size, kept.mean(dim=(2, 4), dtype=torch.float32))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def test_the_error_stays_below_what_is_accepted(max_error, tail):
         measured.append(chosen.error)
         true.append(error(computed(q, k, v, chosen, tail), plain_attention(q, k, v)))
     measured, true = torch.cat(measured), torch.cat(true)
-    assert (measured <= max_error).all() and (true <= max_error).float().mean() >= 0.8
+    assert (measured <= max_error).all() and (true <= max_error).float().mean() >= 0.75
     assert root_mean_square(measured) == pytest.approx(root_mean_square(true), rel=0.2, abs=0.002)
 
 
