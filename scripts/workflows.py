@@ -24,6 +24,7 @@ THUMBNAIL_SIZE = (400, 225)
 TITLES = {
     "hunyuan_video_t2v_cache": ("HunyuanVideo", "text to video", "First-Block Cache"),
     "hunyuan_video_t2v_fast": ("HunyuanVideo", "text to video", "all of Skein"),
+    "hunyuan_video_t2v_sparse": ("HunyuanVideo", "text to video", "Sparse Attention"),
     "hunyuan_video_t2v_context_parallel": ("HunyuanVideo", "text to video", "Context Parallel"),
     "hunyuan_video_i2v_cache": ("HunyuanVideo", "image to video", "First-Block Cache"),
     "flux_dev_fast": ("FLUX.1 dev", "text to image", "all of Skein"),

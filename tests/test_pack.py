@@ -28,6 +28,7 @@ print(json.dumps({"seconds": seconds, "nodes": [node.define_schema().node_id for
 NODES = [
     "SkeinFirstBlockCache",
     "SkeinAttention",
+    "SkeinSparseAttention",
     "SkeinFP8Quantize",
     "SkeinFP8TextEncoder",
     "SkeinCompile",

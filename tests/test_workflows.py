@@ -23,6 +23,7 @@ FILES = {  # the inputs that name files which are not on this machine; all nodes
     "hunyuan_video_t2v_cache": TEXT_TO_VIDEO,
     "hunyuan_video_t2v_context_parallel": TEXT_TO_VIDEO,
     "hunyuan_video_t2v_fast": TEXT_TO_VIDEO,
+    "hunyuan_video_t2v_sparse": TEXT_TO_VIDEO,
     "mochi_t2v_fast": [MODEL, ONE_ENCODER, VAE],
     "qwen_image_fast": [MODEL, ONE_ENCODER, VAE],
     "sd35_large_fast": [("CheckpointLoaderSimple", "ckpt_name"), *THREE_ENCODERS],
@@ -131,6 +132,20 @@ def test_a_fast_workflow_has_all_of_skein(name):
     for kind in ("SkeinAttention", "SkeinFP8Quantize", "SkeinCompile", "SkeinFirstBlockCache"):
         settings = [node["inputs"] | {"model": None} for node in prompt.values() if node["class_type"] == kind]
         assert settings == [settings[0]] * len(chains(prompt))
+
+
+def test_the_sparse_workflow_is_the_fast_one_with_sparse_attention():
+    """And writes to a file of its own."""
+    fast, sparse = api_prompt("hunyuan_video_t2v_fast"), api_prompt("hunyuan_video_t2v_sparse")
+    (key,) = (key for key, node in sparse.items() if node["class_type"] == "SkeinSparseAttention")
+    added = sparse.pop(key)["inputs"]
+    assert set(added) == {"model", "max_error", "start_percent", "end_percent"}
+    for node in sparse.values():
+        if node["inputs"].get("model") == [key, 0]:
+            node["inputs"]["model"] = added["model"]
+        if node["class_type"] == "SaveVideo":
+            node["inputs"]["filename_prefix"] = node["inputs"]["filename_prefix"].replace("sparse", "fast")
+    assert {key: node["inputs"] for key, node in sparse.items()} == {key: node["inputs"] for key, node in fast.items()}
 
 
 def test_wan_goes_on_with_its_other_expert():

@@ -1,5 +1,10 @@
 #!/usr/bin/env python3
-"""Renew the pictures in docs/ and web/docs/ from the real thing: `make screenshots`. Takes a few minutes on a CPU."""
+"""Renew the pictures in docs/ and web/docs/ from the real thing: `make screenshots`. Takes a few minutes on a CPU.
+
+    python3 scripts/dev.py tests/ui/screenshots.py SkeinAttention ...
+
+renews only the pictures of these nodes.
+"""
 
 import io
 import json
@@ -16,7 +21,7 @@ load_pack()
 from browser import MISSING, find  # noqa: E402
 from comfy_page import FLAGS, ComfyPage, demo_workflow  # noqa: E402
 from PIL import Image  # noqa: E402
-from playwright.sync_api import sync_playwright  # noqa: E402
+from playwright.sync_api import Browser, sync_playwright  # noqa: E402
 from skein.demo.run import WORKFLOW  # noqa: E402
 from skein.demo.server import ComfyServer, comfyui_path  # noqa: E402
 from skein.picture import draw_run  # noqa: E402
@@ -25,6 +30,7 @@ from test_workers import sampling  # noqa: E402
 
 VUE = {"Comfy.VueNodes.Enabled": True, "Comfy.Minimap.Visible": False}
 HELP = ROOT / "web" / "docs"
+OF_A_RUN = ("SkeinFirstBlockCache", "SkeinCacheReport")  # their help pages show a run, not the node
 ADD_NODE = """(type) => {
   for (const old of [...app.graph.nodes]) app.graph.remove(old);
   const node = LiteGraph.createNode(type);
@@ -96,21 +102,29 @@ def draw_nodes(comfy: ComfyPage, names: list[str]) -> None:
         save(node.screenshot(), HELP / f"{name}.png")
 
 
-def main() -> None:
+def draw_runs(browser: Browser, server: ComfyServer) -> None:
+    with ComfyPage(browser, server, VUE) as comfy:
+        draw_panel(comfy, server)
+    with ComfyPage(browser, server, {**VUE, "Comfy.ColorPalette": "light"}) as comfy:
+        draw_slider(comfy)
+    with ComfyPage(browser, server, VUE) as comfy:
+        draw_workers(comfy, server)
+
+
+def main(names: list[str]) -> None:
+    """names: of the nodes whose pictures are renewed; none: all pictures."""
     path = find() or sys.exit(MISSING)
     with ComfyServer(comfyui_path()) as server, sync_playwright() as playwright:
+        own = sorted(name for name in server.get("/object_info") if name.startswith("Skein") and name not in OF_A_RUN)
+        if unknown := sorted({*names} - {*own}):
+            sys.exit(f"There is no picture of {', '.join(unknown)} as a node; these have one: {', '.join(own)}.")
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         with ComfyPage(browser, server, VUE) as comfy:
-            own = sorted(name for name in server.get("/object_info") if name.startswith("Skein"))
-            draw_nodes(comfy, [name for name in own if name not in ("SkeinFirstBlockCache", "SkeinCacheReport")])
-        with ComfyPage(browser, server, VUE) as comfy:
-            draw_panel(comfy, server)
-        with ComfyPage(browser, server, {**VUE, "Comfy.ColorPalette": "light"}) as comfy:
-            draw_slider(comfy)
-        with ComfyPage(browser, server, VUE) as comfy:
-            draw_workers(comfy, server)
+            draw_nodes(comfy, names or own)
+        if not names:
+            draw_runs(browser, server)
         browser.close()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
