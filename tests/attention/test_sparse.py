@@ -51,7 +51,7 @@ def error(out, exact):
 def test_the_error_stays_below_what_is_accepted(max_error, tail):
     measured, true = [], []
     for seed in range(6):
-        q, k, v = inputs(seed, batch=2)
+        q, k, v = inputs(seed, batch=2, width=1.0)
         chosen = choose(q, k, v, TEXT, SparseConfig(max_error, tail=tail), turn=seed)
         measured.append(chosen.error)
         true.append(error(computed(q, k, v, chosen, tail), plain_attention(q, k, v)))
