@@ -7,6 +7,9 @@ from torch import Tensor
 from .kernel import Kernel, Problem, first, input_obstacle, package_obstacle
 
 
+PACKAGE = "flash-attn-4 (python -m pip install --pre flash-attn-4)"
+
+
 @cache
 def _function():
     from flash_attn.cute import flash_attn_func
@@ -17,9 +20,7 @@ def _function():
 def _obstacle(problem: Problem) -> str | None:
     if problem.capability is None or problem.capability[0] < 9:
         return "FlashAttention-4 runs on Hopper and Blackwell GPUs only"
-    return input_obstacle(problem, "FlashAttention-4", (64, 96, 128)) or package_obstacle(
-        "flash_attn.cute", "flash-attn-4"
-    )
+    return input_obstacle(problem, "FlashAttention-4", (64, 96, 128)) or package_obstacle("flash_attn.cute", PACKAGE)
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

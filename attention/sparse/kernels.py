@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Problem
+from ..kernels.flash4 import PACKAGE
 from ..kernels.kernel import input_obstacle, package_obstacle
 from .plain import BLOCK, sparse_attention
 
@@ -46,7 +47,7 @@ def _flash4_obstacle(problem: Problem) -> str | None:
     if problem.capability is None or problem.capability[0] < 9:
         return "FlashAttention-4 runs on Hopper and Blackwell GPUs only"
     return input_obstacle(problem, "FlashAttention-4", (64, 72, 96, 120, 128)) or package_obstacle(
-        "flash_attn.cute", "flash-attn-4"
+        "flash_attn.cute", PACKAGE
     )
 
 
@@ -88,7 +89,11 @@ def _with_lse() -> dict:
 def _flex_obstacle(problem: Problem) -> str | None:
     if problem.capability is None or problem.capability < (8, 0):
         return "FlexAttention is taken on NVIDIA GPUs of compute capability 8.0 or higher"
-    return input_obstacle(problem, "FlexAttention", range(16, 257, 16))
+    if not torch.utils._triton.has_triton():
+        return "FlexAttention needs Triton"
+    return input_obstacle(problem, "FlexAttention", range(16, 257, 16)) or package_obstacle(
+        "torch.nn.attention.flex_attention", "FlexAttention (PyTorch 2.5 or newer)"
+    )
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

@@ -174,7 +174,7 @@ PIXART = Architecture(
             attention=("image", "cross"),
         ),
     ),
-    refuses={technique: OWN_ATTENTION for technique in ("attention", "compile", "parallel")},
+    refuses={technique: OWN_ATTENTION for technique in ("attention", "compile", "parallel", "sparse")},
 )
 ERNIE = Architecture(
     networks=("comfy.ldm.ernie.model.ErnieImageModel",),
@@ -187,7 +187,7 @@ ERNIE = Architecture(
         ),
     ),
     whole=True,
-    refuses={technique: OWN_ATTENTION for technique in ("attention", "compile", "parallel")},
+    refuses={technique: OWN_ATTENTION for technique in ("attention", "compile", "parallel", "sparse")},
 )
 OTHERS = (
     KANDINSKY5,

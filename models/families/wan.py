@@ -56,5 +56,5 @@ CAUSAL = Architecture(
     width="dim",
     patch=("patch_size",),
     threshold=THRESHOLD,
-    refuses={technique: ONE_BY_ONE for technique in ("cache", "attention", "compile", "parallel")},
+    refuses={technique: ONE_BY_ONE for technique in ("cache", "attention", "compile", "parallel", "sparse")},
 )

@@ -9,10 +9,12 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from skein import engine, live
+from skein.attention.sparse import plain, selection
+from skein.attention.sparse import run as sparse_run
 from skein.bench.errors import relative_error
 from skein.compilation.blocks import compile_settings
 from skein.models import Network, Seam
-from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, SparseConfig
 from skein.report import recent_runs
 from tiny_models import CASES, NOT_SHARED, guidance, sample
 
@@ -29,6 +31,7 @@ PLANS = {
     "fp8": FP8Config(),
     "compile": CompileConfig(),
     "parallel": ParallelConfig("cpu,cpu"),
+    "sparse": SparseConfig(0.2, start_percent=0.0, min_tokens=1),
 }
 BOUNDS = {"cache": 0.0, "attention": 1e-5, "fp8": 0.2, "compile": 1e-5}
 AT_WORK = {"attention": "FlashAttention-2 runs", "compile": "compiled", "fp8": "FP8: "}  # what each says then
@@ -91,7 +94,7 @@ def test_width_and_heads_are_those_of_the_blocks(model):
 def test_the_table_in_the_readme_is_true(model):
     """Of what the other tests here and in test_ranks.py show."""
     rows = [line.strip("| ").split(" | ") for line in README.read_text().splitlines() if line.startswith("| ")]
-    (cells,) = [cells for names, *cells in rows if model.name in names.split(", ") and len(cells) == len(PLANS)]
+    (cells,) = [cells for names, *cells in rows if model.name in names.split(", ") and len(cells) == len(PLANS) - 1]
     refuses = Network(model.patcher.model.diffusion_model).architecture.refuses
     works = {name: name not in refuses for name in ("cache", "attention", "compile", "fp8", "parallel")}
     works["fp8"] &= model.name not in NOT_QUANTIZED
@@ -126,6 +129,40 @@ def test_each_technique_is_within_its_bound_and_leaves_nothing(model, technique)
         assert said.startswith(AT_WORK[technique]), said
     if technique == "fp8":
         assert (error > 1e-4) == (model.name not in NOT_QUANTIZED)
+    assert torch.equal(sample(model.case, model.patcher), model.stock)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Sparse attention in blocks of 8 tokens, so that these short sequences have several."""
+    for module in (plain, selection):
+        monkeypatch.setattr(module, "BLOCK", 8)
+    monkeypatch.setattr(sparse_run, "MEASURED", {})
+
+
+def test_sparse_attention_finds_image_and_text(model, small_blocks, monkeypatch):
+    """It leaves out blocks of the image only, wherever the image's tokens attend to themselves."""
+    if refused(model, "sparse"):
+        with pytest.raises(ValueError, match="Sparse Attention cannot work with"):
+            engine.edit(model.patcher, sparse=PLANS["sparse"])
+        return
+    texts = []
+
+    def chosen(q, k, v, text, *arguments):
+        found = selection.choose(q, k, v, text, *arguments)
+        first, last = text.start // 8, (text.stop - 1) // 8 + 1 if text else 0
+        texts.append((q.shape[2], len(text)))
+        assert len(text) < q.shape[2] and found.kept[:, :, first:last].all() and found.kept[..., first:last].all()
+        return found
+
+    monkeypatch.setattr(sparse_run, "choose", chosen)
+    out = sample(model.case, engine.edit(model.patcher, sparse=PLANS["sparse"]))
+    record, network = live.sparse_runs()[-1], Network(model.patcher.model.diffusion_model)
+    print(f"{model.name}: {record.summary()}, sequences and text {sorted(set(texts))}")
+    assert {layer.path.split(" ")[0] for layer in record.layers} == {block.path for block in network.blocks}
+    assert record.density < 1.0 and relative_error(out, model.stock) < 0.3
+    joint = any(stack.order for stack in network.architecture.stacks) and not network.architecture.whole
+    assert any(length for _, length in texts) == joint
     assert torch.equal(sample(model.case, model.patcher), model.stock)
 
 
