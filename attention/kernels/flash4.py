@@ -6,7 +6,6 @@ from torch import Tensor
 
 from .kernel import Kernel, Problem, first, input_obstacle, package_obstacle
 
-
 PACKAGE = "flash-attn-4 (python -m pip install --pre flash-attn-4)"
 
 
