@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from .. import engine
 from ..models import KNOWN_MODELS
 from ..plan import MODEL_DEFAULT, PREDICTORS, CacheConfig
+from .inputs import part_of_sampling
 
 DEFAULTS = CacheConfig()
 # Inputs that have another name in CacheConfig.
@@ -39,23 +40,11 @@ class FirstBlockCacheNode(io.ComfyNode):
                         "model's default, which the node's help lists."
                     ),
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=DEFAULTS.start_percent,
-                    optional=True,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of sampling from which steps may be reused.",
+                part_of_sampling(
+                    "start_percent", DEFAULTS.start_percent, "Part of sampling from which steps may be reused."
                 ),
-                io.Float.Input(
-                    "end_percent",
-                    default=DEFAULTS.end_percent,
-                    optional=True,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of sampling after which every step is computed.",
+                part_of_sampling(
+                    "end_percent", DEFAULTS.end_percent, "Part of sampling after which every step is computed."
                 ),
                 io.Int.Input(
                     "warmup_steps",

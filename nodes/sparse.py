@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from .. import engine
 from ..models import KNOWN_MODELS
 from ..plan import SPARSE_RULES, SparseConfig
+from .inputs import part_of_sampling
 
 DEFAULTS = SparseConfig()
 
@@ -37,23 +38,13 @@ class SparseAttentionNode(io.ComfyNode):
                         "middle 0.1; high 0.2: fastest, small details change. 0 switches sparse attention off."
                     ),
                 ),
-                io.Float.Input(
+                part_of_sampling(
                     "start_percent",
-                    default=DEFAULTS.start_percent,
-                    optional=True,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of sampling from which attention is sparse. The first steps decide the composition.",
+                    DEFAULTS.start_percent,
+                    "Part of sampling from which attention is sparse. The first steps decide the composition.",
                 ),
-                io.Float.Input(
-                    "end_percent",
-                    default=DEFAULTS.end_percent,
-                    optional=True,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of sampling after which attention is dense again.",
+                part_of_sampling(
+                    "end_percent", DEFAULTS.end_percent, "Part of sampling after which attention is dense again."
                 ),
                 io.Combo.Input(
                     "rule",

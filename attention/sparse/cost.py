@@ -5,7 +5,8 @@ Letters: B batch, H heads, S tokens, D head dim, N blocks of queries, M blocks o
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -49,37 +50,52 @@ def measure(
     """The cost of an attention of q, k, v (B, H, S, D), by its own data.
 
     dense: computes it in full. choose: the blocks. tail: adds what is left out to an output and its log-sum-exp. say:
-    told why a kernel cannot run, where none of them can. anyway: kernels are tried even if choosing alone takes longer.
+    told why no kernel runs, where none does. anyway: kernels are tried even if choosing alone takes longer.
     """
-    dense_ms, fixed_ms = _milliseconds(dense, q.device), _milliseconds(choose, q.device)
-    if fixed_ms >= dense_ms and not anyway:
-        say(f"choosing blocks takes {fixed_ms:.2f} ms, dense attention {dense_ms:.2f} ms")
-        return Cost(None, dense_ms, fixed_ms, NO_KERNEL)
-    chosen = choose()
-    density, problem = float(chosen.density.mean()), Problem.of(q)
-    best = Cost(None, dense_ms, fixed_ms, NO_KERNEL)
-    obstacles = []
-    for kernel in SPARSE_KERNELS:
-        obstacle = kernel.obstacle(problem)
-        if obstacle is None:
-            try:
-                _require_right(kernel, q, k, v, chosen.kept)
-                out, lse = kernel.run(q, k, v, chosen.kept)
-                whole = _milliseconds(partial(kernel.run, q, k, v, chosen.kept), q.device) / density
-                fixed = fixed_ms + _milliseconds(partial(tail, out, lse, chosen), q.device)
-            except Exception as error:  # a package may raise anything
-                if is_out_of_memory(error):
-                    raise
-                obstacle = f"{kernel.label} failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-                logging.getLogger("skein").warning("Skein sparse attention: %s", obstacle)
-            else:
-                if whole < best.whole:
-                    best = Cost(kernel, dense_ms, fixed, whole)
-        if obstacle is not None:
-            obstacles.append(obstacle)
+    dense_ms = _milliseconds(dense, q.device)
+    best = Cost(None, dense_ms, 0.0, NO_KERNEL)
+    obstacles = {kernel: kernel.obstacle(Problem.of(q)) for kernel in SPARSE_KERNELS}
+    failures: list[str] = []
+    kernels = [kernel for kernel, obstacle in obstacles.items() if obstacle is None]
+    with _noting(failures, "choosing blocks"):
+        if kernels:
+            fixed_ms = _milliseconds(choose, q.device)
+            if fixed_ms >= dense_ms and not anyway:
+                say(f"choosing blocks takes {fixed_ms:.2f} ms, dense attention {dense_ms:.2f} ms")
+                return best
+            chosen = choose()
+            for kernel in kernels:
+                with _noting(failures, kernel.label):
+                    fixed, whole = _times(kernel, q, k, v, chosen, tail)
+                    if whole < best.whole:
+                        best = Cost(kernel, dense_ms, fixed_ms + fixed, whole)
     if best.kernel is None:
-        say("; ".join(dict.fromkeys(obstacles)))
+        say("; ".join([*filter(None, obstacles.values()), *failures]))
     return best
+
+
+@contextmanager
+def _noting(failures: list[str], what: str) -> Iterator[None]:
+    """Within: what is raised is noted; a package may raise anything. Out of memory is raised again."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        failures.append(f"{what} failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
+        logging.getLogger("skein").warning("Skein sparse attention: %s", failures[-1])
+
+
+def _times(
+    kernel: SparseKernel, q: Tensor, k: Tensor, v: Tensor, chosen: Chosen,
+    tail: Callable[[Tensor, Tensor, Chosen], Tensor],
+) -> tuple[float, float]:  # fmt: skip
+    """Milliseconds of the tail, and of a kernel if all blocks were kept. Raises RuntimeError if it computes something
+    else than attention over the kept ones."""
+    _require_right(kernel, q, k, v, chosen.kept)
+    out, lse = kernel.run(q, k, v, chosen.kept)
+    whole = _milliseconds(partial(kernel.run, q, k, v, chosen.kept), q.device) / float(chosen.density.mean())
+    return _milliseconds(partial(tail, out, lse, chosen), q.device), whole
 
 
 def _require_right(kernel: SparseKernel, q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> None:

@@ -29,7 +29,8 @@ logger = logging.getLogger("skein")
 
 PATIENCE = 4  # calls in which an attention stays dense after one in which it was not worth while
 MASKED = "attention with a mask runs dense"
-FASTER = "dense attention is faster at {tokens} tokens ({why})"
+FASTER = "dense attention is faster at {tokens} tokens"
+DENSE = "attention of {tokens} tokens is dense: {why}"
 RING = "all attention is dense, because the devices form a ring; set ring_degree to 1"
 
 
@@ -43,8 +44,8 @@ class _Layer:
 
 @dataclass
 class _Call:
-    """A model call in progress. chosen: of attentions that were sparse, by block and place in it: density and errors
-    (B, h) and error (B,), on the device."""
+    """A model call in progress. chosen: of attentions whose blocks were chosen, by block and place in it: density and
+    errors (B, h) and error (B,), on the device; the same attentions in all processes. attentions: all."""
 
     record: SparseCall
     sparse: bool
@@ -159,9 +160,10 @@ class SparseAttention:
         if cost.whole == NO_KERNEL or not self._pays(cost, layer.density or 0.0):
             layer.waits, layer.density = PATIENCE, None
             return dense(q, k, v, None)
+        assert cost.kernel is not None
         chosen = pick(self.together.heads())
         call.chosen[key] = chosen.density, chosen.errors, chosen.error
-        if cost.kernel is None or self._failed:
+        if self._failed:
             return dense(q, k, v, None)
         try:
             out, lse = cost.kernel.run(q, k, v, chosen.kept)
@@ -193,8 +195,10 @@ class SparseAttention:
             MEASURED[key] = measure(q, k, v, dense, pick, partial(self._with_tail, q), reasons.append, anyway)
         cost = self._costs[key] = MEASURED[key].agreed(self.together.largest)
         self.record.dense_ms = cost.dense
-        if cost.kernel is None or not self._pays(cost, 0.0):
-            self.say(FASTER.format(tokens=q.shape[2], why="; ".join(reasons) or "measured"))
+        if cost.kernel is None:
+            self.say(DENSE.format(tokens=q.shape[2], why="; ".join(reasons) or "another process has no kernel for it"))
+        elif not self._pays(cost, 0.0):
+            self.say(FASTER.format(tokens=q.shape[2]))
         else:
             self.record.kernel = cost.kernel.label
             self.say(
@@ -206,9 +210,11 @@ class SparseAttention:
     def _close(self, call: _Call) -> None:
         """Read what was chosen in a call: once, when its last attention has been issued."""
         record, gather = call.record, self.together.heads().gather
-        record.attentions, record.sparse = len(call.attentions), len(call.chosen)
-        if call.chosen:
-            tables = [gather(torch.stack(each[:2], dim=-1)).mean(dim=0) for each in call.chosen.values()]  # (H, 2)
+        self.record.calls.append(record)
+        record.attentions = len(call.attentions)
+        tables = [gather(torch.stack(each[:2], dim=-1)).mean(dim=0) for each in call.chosen.values()]  # (H, 2)
+        if tables and not self._failed:
+            record.sparse = len(tables)
             known = torch.cat([table.flatten() for table in tables]).tolist()
             record.error = float(torch.stack([each[2].amax() for each in call.chosen.values()]).mean())
             densities = []
@@ -218,7 +224,6 @@ class SparseAttention:
                 self._layers[path, n].density = densities[-1]
                 self._add(path if n == 1 else f"{path} ({n})", of_layer[::2], of_layer[1::2])
             record.density = (sum(densities) + record.attentions - record.sparse) / record.attentions
-        self.record.calls.append(record)
 
     def _add(self, path: str, density: list[float], errors: list[float]) -> None:
         for layer in self.record.layers:

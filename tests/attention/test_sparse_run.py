@@ -176,12 +176,13 @@ def test_a_kernel_that_computes_something_else_or_fails_is_not_used(demo_model, 
     assert "a broken kernel failed" in shown["sparse"]
     monkeypatch.setattr(sparse_run, "MEASURED", {})
     monkeypatch.setattr(costs, "SPARSE_KERNELS", (broken(fails_after=9),))
-    out, _ = run(demo_model)
+    out, record = run(demo_model)
     assert "attention is dense from here on (out of order)" in shown["sparse"] and torch.isfinite(out).all()
+    assert not any(call.sparse for call in record.calls)
     monkeypatch.setattr(sparse_run, "MEASURED", {})
     monkeypatch.setattr(costs, "SPARSE_KERNELS", (broken(obstacle="it is for another card"),))
     assert relative_error(run(demo_model)[0], exact) < 1e-5
-    assert "it is for another card" in shown["sparse"]
+    assert "attention of 439 tokens is dense: it is for another card" in shown["sparse"]
 
 
 def test_out_of_memory_is_raised(demo_model, monkeypatch):
