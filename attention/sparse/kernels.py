@@ -17,6 +17,8 @@ from ..kernels.flash4 import PACKAGE
 from ..kernels.kernel import input_obstacle, package_obstacle
 from .plain import BLOCK, sparse_attention
 
+REACH = 1 << 31
+
 Run = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -96,7 +98,18 @@ def _flex_obstacle(problem: Problem) -> str | None:
     )
 
 
+def within_32_bits(x: Tensor) -> Tensor:
+    """The same values where FlexAttention can reach them: it counts places in 32 bits, and reads elsewhere where these
+    are too few, as for the values of a long sequence in a block's one wide projection. Raises ValueError if it cannot."""
+    if sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) < REACH:
+        return x
+    if x.numel() >= REACH:
+        raise ValueError(f"{x.numel()} values are too many for FlexAttention")
+    return x.contiguous()
+
+
 def _flex(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v = map(within_32_bits, (q, k, v))
     out, lse = _compiled_flex()(q, k, v, block_mask=flex_blocks(kept, q.shape[2]), **_with_lse())
     return out.transpose(1, 2), getattr(lse, "lse", lse)
 

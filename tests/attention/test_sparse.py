@@ -8,7 +8,8 @@ import pytest
 import torch
 from pack import ROOT
 from skein.attention.kernels.kernel import Problem, plain_attention
-from skein.attention.sparse.kernels import SPARSE_KERNELS, flex_blocks, lists
+from skein.attention.sparse import kernels
+from skein.attention.sparse.kernels import SPARSE_KERNELS, flex_blocks, lists, within_32_bits
 from skein.attention.sparse.plain import (
     BLOCK,
     add_tail,
@@ -191,6 +192,17 @@ def test_flex_attention_is_told_of_the_kept_blocks():
     mask = flex_blocks(kept, TOKENS)
     assert mask.seq_lengths == (TOKENS, TOKENS) and mask.BLOCK_SIZE == (BLOCK, BLOCK)
     assert torch.equal(mask.to_dense().bool(), kept)
+
+
+def test_flex_attention_is_given_what_32_bits_can_reach(monkeypatch):
+    wide = torch.randn(1, 50, 3, 2, 16).permute(2, 0, 3, 1, 4)[2]  # values in a fused projection
+    assert within_32_bits(wide) is wide
+    monkeypatch.setattr(kernels, "REACH", 4000)
+    near = within_32_bits(wide)
+    assert torch.equal(near, wide) and near.is_contiguous() and not wide.is_contiguous()
+    monkeypatch.setattr(kernels, "REACH", 1000)
+    with pytest.raises(ValueError, match="1600 values are too many for FlexAttention"):
+        within_32_bits(wide)
 
 
 def test_which_kernels_say_that_they_cannot():
