@@ -99,8 +99,8 @@ def _flex_obstacle(problem: Problem) -> str | None:
 
 
 def within_32_bits(x: Tensor) -> Tensor:
-    """The same values where FlexAttention reaches them: it counts places in 32 bits, and reads elsewhere where these are
-    too few, as for a long sequence's values in a block's one wide projection. Raises ValueError if it cannot."""
+    """The same values where FlexAttention reaches them: it counts places in 32 bits, and reads elsewhere where these
+    are too few, as for a long sequence's values in a block's one wide projection. Raises ValueError if it cannot."""
     if sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) < REACH:
         return x
     if x.numel() >= REACH:
