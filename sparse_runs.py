@@ -92,6 +92,8 @@ class SparseRun:
         """JSON-ready: every field but `latent`, and what is said of the calls."""
         fields = asdict(self)
         del fields["latent"]
+        for layer in fields["layers"]:  # thousands of numbers, for people to look at
+            layer["density"], layer["error"] = ([round(each, 5) for each in layer[n]] for n in ("density", "error"))
         said = {"density": self.density, "error": self.error, "speedup": self.speedup, "summary": self.summary()}
         return {**fields, **said}
 

@@ -7,7 +7,8 @@ Letters: B batch, h heads of this process, S tokens, D head dim.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,6 +32,7 @@ PATIENCE = 4  # calls in which an attention stays dense after one in which it wa
 MASKED = "attention with a mask runs dense"
 FASTER = "dense attention is faster at {tokens} tokens"
 DENSE = "attention of {tokens} tokens is dense: {why}"
+ELSEWHERE = "the kernel failed in another process, and attention is dense from here on"
 RING = "all attention is dense, because the devices form a ring; set ring_degree to 1"
 
 
@@ -79,7 +81,8 @@ class SparseAttention:
         self._layers: dict[tuple[str, int], _Layer] = {}
         self._calls: dict[ModelCall, _Call] = {}  # in progress: several with ComfyUI's MultiGPU
         self._costs: dict[tuple, Cost] = {}
-        self._failed = False
+        self._failed = False  # here; and in any of the processes that share the run, from the call's end on
+        self._off = False
         self._turn = 0
         self.reasons: list[str] = []
 
@@ -149,7 +152,7 @@ class SparseAttention:
         self, dense: Attend, key: tuple[str, int], call: _Call, q: Tensor, k: Tensor, v: Tensor, text: range
     ) -> Tensor:
         layer = self._layers.setdefault(key, _Layer())
-        if q.shape[2] < self.config.min_tokens or layer.waits:
+        if q.shape[2] < self.config.min_tokens or layer.waits or self._off:
             layer.waits = max(layer.waits - 1, 0)
             return dense(q, k, v, None)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -161,19 +164,27 @@ class SparseAttention:
             layer.waits, layer.density = PATIENCE, None
             return dense(q, k, v, None)
         assert cost.kernel is not None
-        chosen = pick(self.together.heads())
-        call.chosen[key] = chosen.density, chosen.errors, chosen.error
-        if self._failed:
-            return dense(q, k, v, None)
+        heads = self.together.heads()
+        with self._giving_up("choosing blocks", alone=heads is ALONE):
+            chosen = pick(heads)
+            call.chosen[key] = chosen.density, chosen.errors, chosen.error
+        if not self._failed:
+            with self._giving_up(cost.kernel.label):
+                out, lse = cost.kernel.run(q, k, v, chosen.kept)
+                return self._with_tail(q, out, lse, chosen)
+        return dense(q, k, v, None)
+
+    @contextmanager
+    def _giving_up(self, what: str, alone: bool = True) -> Iterator[None]:
+        """Within: what is raised ends sparse attention; a package may raise anything. Out of memory is raised again; so
+        is all where other processes wait for what they do together."""
         try:
-            out, lse = cost.kernel.run(q, k, v, chosen.kept)
-            return self._with_tail(q, out, lse, chosen)
-        except Exception as error:  # a package may raise anything
-            if is_out_of_memory(error):
+            yield
+        except Exception as error:
+            if is_out_of_memory(error) or not alone:
                 raise
             self._failed = True
-            self.say(f"{cost.kernel.label} failed, and attention is dense from here on ({error})", logging.WARNING)
-            return dense(q, k, v, None)
+            self.say(f"{what} failed, and attention is dense from here on ({error})", logging.WARNING)
 
     def _pays(self, cost: Cost, density: float) -> bool:
         return bool(self.config.min_tokens) or cost.pays(density)
@@ -210,10 +221,14 @@ class SparseAttention:
     def _close(self, call: _Call) -> None:
         """Read what was chosen in a call: once, when its last attention has been issued."""
         record, gather = call.record, self.together.heads().gather
+        if not self._off and self.together.largest([float(self._failed)])[0]:
+            self._off = True
+            if not self._failed:
+                self.say(ELSEWHERE, logging.WARNING)
         self.record.calls.append(record)
         record.attentions = len(call.attentions)
         tables = [gather(torch.stack(each[:2], dim=-1)).mean(dim=0) for each in call.chosen.values()]  # (H, 2)
-        if tables and not self._failed:
+        if tables and not self._off:
             record.sparse = len(tables)
             known = torch.cat([table.flatten() for table in tables]).tolist()
             record.error = float(torch.stack([each[2].amax() for each in call.chosen.values()]).mean())

@@ -26,6 +26,7 @@ from .plain import BLOCK
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)  # that limits are tried for
 ALL = -1e30  # the limit below all scores
 SAMPLED = 64  # queries of each head
+ROUNDING = 0.4  # of a type's epsilon: what two attention kernels differ by, relative (0.0031 in bfloat16)
 DEVIATIONS = 2.0  # standard deviations by which all queries may be worse than those that were sampled
 PRICES = tuple(2.0 ** (power / 8) for power in range(-64, 320))  # of an error in blocks computed, to weigh limits by
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -114,15 +115,16 @@ def choose(
     measured = _measure(outs, sums, of_rows.unsqueeze(3) >= limits[:, :, None, :, None], tail)
     measured = _Measured(*heads.gather(torch.cat(measured, dim=-1)).split(limits.shape[-1], dim=-1))
     lost, size = measured.lost, measured.size[..., 0]
+    rounding = (ROUNDING * torch.finfo(q.dtype).eps) ** 2
     if config.rule == "max_error":
-        choice = _cheapest(measured, config.max_error)
+        choice = _cheapest(measured, config.max_error**2 - rounding)
     else:
         choice = torch.ones_like(size, dtype=torch.long)
     lost = lost.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
     own = slice(heads.first, heads.first + q.shape[1])
     limit = limits.gather(-1, choice[:, own].unsqueeze(-1)).unsqueeze(-1)
-    error = (lost.sum(dim=1) / size.sum(dim=1).clamp(min=1e-30)).sqrt()
-    errors = (lost / size.clamp(min=1e-30)).sqrt()[:, own]
+    error = (lost.sum(dim=1) / size.sum(dim=1).clamp(min=1e-30) + rounding).sqrt()
+    errors = (lost / size.clamp(min=1e-30) + rounding).sqrt()[:, own]
     return Chosen(scores >= limit, pooled_k, pooled_v, error, errors)
 
 
@@ -163,9 +165,9 @@ def _limits(scores: Tensor, config: SparseConfig) -> Tensor:
     return F.pad(limits, (1, 0), value=ALL)
 
 
-def _cheapest(measured: _Measured, max_error: float) -> Tensor:
-    """The limit of each head, (B, H), that together compute least with an error below max_error."""
-    accepted = measured.size[..., 0].sum(dim=1).clamp(min=1e-30)[:, None, None] * max(max_error, 1e-12) ** 2
+def _cheapest(measured: _Measured, square: float) -> Tensor:
+    """The limit of each head, (B, H), that together compute least with a relative error below the square root."""
+    accepted = measured.size[..., 0].sum(dim=1).clamp(min=1e-30)[:, None, None] * max(square, 1e-24)
     error, variance = measured.lost / accepted, measured.variance / accepted.square()
     prices = error.new_tensor(PRICES)
     choices = (measured.density.unsqueeze(-1) + error.unsqueeze(-1) * prices).argmin(dim=2)  # of each price, (B, H, P)

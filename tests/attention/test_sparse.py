@@ -73,7 +73,7 @@ def test_more_error_leaves_more_out_and_text_is_whole():
 def test_no_error_is_dense():
     q, k, v = inputs()
     chosen = choose(q, k, v, TEXT, SparseConfig(0.0))
-    assert chosen.kept.all() and not chosen.error.any()
+    assert chosen.kept.all() and (chosen.error < 1e-6).all()
 
 
 def test_each_sample_of_a_batch_has_blocks_of_its_own():

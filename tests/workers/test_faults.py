@@ -18,10 +18,10 @@ import psutil
 import pytest
 import torch
 from checkpoints import SMALL, random_model, text
-from skein import engine
+from skein import engine, live
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
-from skein.plan import CacheConfig, ParallelConfig
+from skein.plan import CacheConfig, ParallelConfig, SparseConfig
 from skein.workers import GroupError, group, in_use, release
 
 DEVICES = os.environ.get("SKEIN_DEVICES", "cpu,cpu")
@@ -147,6 +147,24 @@ def test_one_rank_alone_fails(model, expected, kind, error, message, _round, mon
             run(model)
     assert time.monotonic() - started < 60
     assert relative_error(run(model), expected) < TOLERANCE
+
+
+@pytest.mark.skipif(not ON_CPU, reason="what is broken is the CPU's kernel")
+def test_a_sparse_kernel_that_fails_in_one_rank_ends_sparse_attention_in_all(model, monkeypatch):
+    """The run goes on, dense in the rank at once and in the others from the next call on, and the node says so."""
+    arguments = dict(shape=(1, 16, 3, 24, 20), steps=5)
+    dense = run(model, **arguments)
+    release()
+    sparse = engine.edit(model, sparse=SparseConfig(0.2, start_percent=0.0, min_tokens=1))
+    with monkeypatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(BROKEN), prepend=os.pathsep)
+        environment.setenv("SKEIN_BREAK", "1:sparse")
+        out, record = run(sparse, **arguments), live.sparse_runs()[-1]
+        told = live.snapshot()["sampling"]["notes"]["sparse"]
+    assert "the kernel failed in another process, and attention is dense from here on" in told
+    found = [call.sparse for call in record.calls]
+    assert found[0] == 4 and found[-1] == 0 and sorted(found, reverse=True) == found and len(found) == 5
+    assert record.ended and 1e-4 < relative_error(out, dense) < 0.5
 
 
 def test_an_interrupt_returns_at_once_and_the_workers_stay(model, expected, _round):

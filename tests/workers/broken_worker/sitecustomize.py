@@ -1,10 +1,12 @@
-"""On a worker's PYTHONPATH: makes one rank's model calls fail, without a line for it in the worker.
+"""On a worker's PYTHONPATH: makes one rank fail, without a line for it in the worker.
 
-SKEIN_BREAK names the rank and the exception: "1:RuntimeError", "1:OutOfMemoryError", "1:AcceleratorError".
+SKEIN_BREAK names the rank and the exception that its model calls raise: "1:RuntimeError", "1:OutOfMemoryError",
+"1:AcceleratorError"; or "1:sparse": its kernel of sparse attention raises from the ninth attention on.
 """
 
 import importlib.abc
 import importlib.machinery
+import itertools
 import os
 import sys
 
@@ -13,14 +15,17 @@ rank, _, kind = os.environ.get("SKEIN_BREAK", "").partition(":")
 
 class Breaker(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "skein.worker.worker":
+        if name != ("skein.attention.sparse.kernels" if kind == "sparse" else "skein.worker.worker"):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         execute = spec.loader.exec_module
 
         def exec_module(module):
             execute(module)
-            module.Worker.call = fail
+            if kind == "sparse":
+                break_kernels(module)
+            else:
+                module.Worker.call = fail
 
         spec.loader.exec_module = exec_module
         return spec
@@ -32,6 +37,17 @@ def fail(self, *args, **kwargs):
     if kind == "AcceleratorError":
         raise torch.AcceleratorError("CUDA error: out of memory")
     raise {"OutOfMemoryError": torch.OutOfMemoryError, "RuntimeError": RuntimeError}[kind]("broken for the test")
+
+
+def break_kernels(module):
+    calls, works = itertools.count(), module.PLAIN.run
+
+    def run(*inputs):
+        if next(calls) >= 9:
+            raise RuntimeError("broken for the test")
+        return works(*inputs)
+
+    object.__setattr__(module.PLAIN, "run", run)
 
 
 if rank and os.environ.get("RANK") == rank:
