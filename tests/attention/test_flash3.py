@@ -1,11 +1,7 @@
 """What FlashAttention-3 in FP8 is fed; the kernel itself runs on Hopper only (bench/attention.py, bench/quality.py)."""
 
-import os
-import subprocess
-import sys
-
-import pytest
 import torch
+from interpreter import interpret
 from pack import ROOT
 from skein.attention.kernels.flash3 import quantize_heads
 from skein.attention.kernels.kernel import plain_attention
@@ -55,8 +51,4 @@ print("same")
 
 
 def test_the_triton_kernels_compute_the_same_under_tritons_interpreter():
-    pytest.importorskip("triton", reason="no Triton for this platform")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", INTERPRETED, str(ROOT / "attention" / "kernels")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.stdout.strip() == "same", done.stderr[-2000:]
+    interpret(INTERPRETED, ROOT / "attention" / "kernels")

@@ -1,11 +1,8 @@
 """Sparse attention's parts on a CPU: what is kept, the error that is promised, and the kernels' interface."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter import interpret
 from pack import ROOT
 from skein.attention.kernels.kernel import Problem, plain_attention
 from skein.attention.sparse import kernels
@@ -235,8 +232,4 @@ print("same")
 
 
 def test_the_triton_kernels_compute_the_same_under_tritons_interpreter():
-    pytest.importorskip("triton", reason="no Triton for this platform")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", INTERPRETED, str(ROOT / "attention" / "sparse")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.stdout.strip() == "same", done.stderr[-2000:]
+    interpret(INTERPRETED, ROOT / "attention" / "sparse")

@@ -1,7 +1,6 @@
 """Sparse attention in a run of the embedded model: where it runs, what it says, and what it runs beside."""
 
 import itertools
-import logging
 
 import pytest
 import torch
@@ -252,8 +251,7 @@ def test_an_interrupt_leaves_nothing_behind(demo_model):
     assert torch.equal(sample(demo_model, PROMPT, **SMALL), stock)
 
 
-def test_slowest_process_decides(caplog):
-    caplog.set_level(logging.INFO)
+def test_the_slowest_process_decides():
     fast, slow = Cost(PLAIN, 10.0, 1.0, 8.0), Cost(PLAIN, 9.0, 2.0, 7.0)
     agreed = fast.agreed(lambda numbers: [max(pair) for pair in zip(numbers, (slow.dense, slow.fixed, slow.whole))])
     assert (agreed.dense, agreed.fixed, agreed.whole) == (10.0, 2.0, 8.0)

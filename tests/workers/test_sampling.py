@@ -112,7 +112,7 @@ def test_the_cache_decides_as_in_one_process(group, models):
     assert 0 < shared.reused < 12 and relative_error(many, one) < 1e-4
 
 
-def test_sparse_attention_chooses_as_in_one_process(group, models, caplog):
+def test_sparse_attention_chooses_as_in_one_process(group, models):
     """Blocks, errors and the picture; where the devices form a ring, all is dense, and the node says so."""
     parallel, heads = group
     plan = dict(sparse=SparseConfig(0.2, start_percent=0.3, min_tokens=1))
