@@ -13,6 +13,7 @@ from .nodes.parallel import ContextParallelNode, ReleaseWorkersNode
 from .nodes.preview import LatentVideoPreviewNode
 from .nodes.report import CacheReportNode
 from .nodes.sparse import SparseAttentionNode
+from .nodes.speed_up import SpeedUpNode
 from .nodes.vae import VAEDecodeNode
 from .workers import in_use, release
 
@@ -27,6 +28,7 @@ class SkeinExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
+            SpeedUpNode,
             FirstBlockCacheNode,
             AttentionNode,
             SparseAttentionNode,

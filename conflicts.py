@@ -48,16 +48,25 @@ class Conflict:
 
 def refuse(plan: Plan, guider: Any, left_alone: tuple[str, ...] = ()) -> None:
     """Raises ValueError for the first conflict of a run with its plan. left_alone: techniques that will do nothing."""
-    techniques = [name for name in plan.techniques if name not in left_alone]
-    dynamic = guider.model_patcher.is_dynamic()
     for conflict in CONFLICTS:
-        for name in techniques:
-            second = name in ("fp8", "parallel") or (name == "compile" and dynamic)
-            if name not in conflict.hurts and not (second and SECOND_MODEL in conflict.hurts):
-                continue
-            found = conflict.seen(guider)
-            if found:
-                raise ValueError(conflict.sentence.format(found=found, technique=NAMES[name]))
+        for name in plan.techniques:
+            if name not in left_alone:
+                _refuse_one(conflict, name, guider)
+
+
+def refuse_technique(name: str, guider: Any) -> None:
+    """Raises ValueError for the first conflict of one technique with what other nodes have put on a guider's model."""
+    for conflict in CONFLICTS:
+        _refuse_one(conflict, name, guider)
+
+
+def _refuse_one(conflict: Conflict, name: str, guider: Any) -> None:
+    second = name in ("fp8", "parallel") or (name == "compile" and guider.model_patcher.is_dynamic())
+    if name not in conflict.hurts and not (second and SECOND_MODEL in conflict.hurts):
+        return
+    found = conflict.seen(guider)
+    if found:
+        raise ValueError(conflict.sentence.format(found=found, technique=NAMES[name]))
 
 
 def refuse_call(options: dict) -> None:

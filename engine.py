@@ -6,29 +6,30 @@ puts the old options back when sampling ends, however it ends. Nothing outlives 
 """
 
 import logging
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management as memory
 import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
-from . import conflicts, live
-from .compilation import compile_settings
+from . import conflicts, live, needs
 from .estimate import Load, advice
 from .files import files_of
+from .forecast import job_of
 from .latents import some_values
 from .models import Network, Seam
+from .pace import Pace, expectation, outcome
 from .parallel import Mesh
 from .patchers import PLAIN_KEY, TWIN_KEY, keep, own_network, unload
-from .plan import MODEL_DEFAULT, PLAN_KEY, Plan
-from .quantization import is_quantized, require_float8, require_torchao
-from .report import note
-from .techniques import TECHNIQUES, Sampling, delegating, evaluations, require_several_blocks
-from .workers import setting_of, visible_devices
-from .workers.environment import machines
+from .plan import MODEL_DEFAULT, PLAN_KEY, Plan, PresetConfig
+from .presets import Choice, expected_bytes, resolve, wanted, words, world_of
+from .quantization import is_quantized
+from .report import note, show
+from .techniques import TECHNIQUES, Sampling, delegating, evaluations
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -42,12 +43,14 @@ def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
     Raises ValueError where it is already known that sampling under these fields would be refused.
     """
     plan = _with_threshold(replace(plan_of(patcher), **changes), patcher)
-    _require(plan, changes.keys() & set(plan.techniques), patcher)
+    needs.require(plan, changes.keys() & set(plan.techniques), patcher)
+    if "preset" in changes:
+        Network(own_network(patcher))  # refuses a model that Skein does not know
     files_of(patcher)  # noted while they are what ComfyUI has just loaded
     clone = patcher.clone()
     clone.set_attachments(PLAN_KEY, plan)
-    for key, wanted in ((TWIN_KEY, plan.fp8), (PLAIN_KEY, plan.fp8 or plan.compile)):
-        if wanted is not None:
+    for key, asking in ((TWIN_KEY, [plan.fp8, plan.preset]), (PLAIN_KEY, [plan.fp8, plan.compile, plan.preset])):
+        if any(asking):
             keep(clone, key)
     if not clone.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).get(PLAN_KEY):
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, PLAN_KEY, _outer_sample)
@@ -62,55 +65,62 @@ def _with_threshold(plan: Plan, patcher: "ModelPatcher") -> Plan:
     return replace(plan, cache=replace(plan.cache, threshold=threshold))
 
 
-def _require(plan: Plan, techniques: Set[str], patcher: "ModelPatcher") -> None:
-    """Raises ValueError if these techniques lack something here: blocks that are known, a device, a package."""
-    refuses = Network(own_network(patcher)).architecture.refuses if techniques else {}
-    for technique in techniques & refuses.keys():
-        raise ValueError(
-            f"{conflicts.NAMES[technique]} cannot work with {type(own_network(patcher)).__name__} models, because "
-            f"{refuses[technique]}; remove {conflicts.NAMES[technique]}."
-        )
-    for technique in techniques & NEEDS.keys():
-        NEEDS[technique](plan, patcher)
-
-
-def _needs_fp8(_plan: Plan, patcher: "ModelPatcher") -> None:
-    require_torchao()
-    require_float8(patcher.load_device)
-
-
-def _needs_compile(plan: Plan, _patcher: "ModelPatcher") -> None:
-    assert plan.compile is not None
-    compile_settings(plan.compile)
-
-
-def _needs_cache(_plan: Plan, patcher: "ModelPatcher") -> None:
-    require_several_blocks(patcher, "the first-block cache")
-
-
-def _needs_parallel(plan: Plan, patcher: "ModelPatcher") -> None:
-    require_several_blocks(patcher, "context parallelism")
-    setting_of(plan, patcher)
-
-
-NEEDS = {"fp8": _needs_fp8, "compile": _needs_compile, "cache": _needs_cache, "parallel": _needs_parallel}
-
-
 def plan_of(patcher: "ModelPatcher") -> Plan:
     """The plan on a model; an empty one if no Skein node has touched it."""
     return patcher.get_attachment(PLAN_KEY) or Plan()
 
 
+def wanted_of(patcher: "ModelPatcher") -> Plan:
+    """The plan on a model with all that its preset asks for, whatever the machine and the size."""
+    plan = plan_of(patcher)
+    return plan if plan.preset is None else wanted(plan, Network(own_network(patcher)).architecture.threshold)
+
+
+ARGUMENTS = ("noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback")  # of OUTER_SAMPLE, in order
+
+
 def _outer_sample(executor, *args, **kwargs):
     """OUTER_SAMPLE wrapper: the plan holds exactly as long as the sampling inside."""
-    guider = executor.class_obj
-    plan = plan_of(guider.model_patcher)
-    noise = args[0] if args else kwargs["noise"]
-    with live.sampling(plan.techniques, guider.model_patcher.load_device), applied(plan, guider):
-        _warn_of_memory(plan, guider.model_patcher, noise.shape)
+    guider, given = executor.class_obj, {**dict(zip(ARGUMENTS, args)), **kwargs}
+    asked = plan_of(guider.model_patcher)
+    choice, noise = resolve(asked, guider, given["noise"].shape), given["noise"]
+    with (
+        live.sampling(choice.plan.techniques, guider.model_patcher.load_device),
+        _followed(choice, asked.preset, guider, given) as callback,
+        applied(choice.plan, guider),
+    ):
+        _warn_of_memory(choice.plan, guider.model_patcher, noise.shape)
+        if "callback" in kwargs or len(args) < len(ARGUMENTS):
+            kwargs["callback"] = callback
+        else:
+            args = (*args[: len(ARGUMENTS) - 1], callback, *args[len(ARGUMENTS) :])
         latent = executor(*args, **kwargs)
         live.sampled(some_values(latent))
         return latent
+
+
+@contextmanager
+def _followed(choice: Choice, preset: PresetConfig | None, guider, given: dict) -> Iterator[Callable | None]:
+    """Within: the steps are followed; yields the sampler's callback for that. What is expected and what came is said on
+    the node of the preset, if there is one, and in the panel."""
+    plan, patcher, shape, steps = choice.plan, guider.model_patcher, given["noise"].shape, len(given["sigmas"]) - 1
+    if not plan.techniques or steps < 1:
+        yield given.get("callback")
+        return
+    job, size = job_of(plan, guider, shape, given["sampler"], world_of(plan)), expected_bytes(plan, patcher, shape)
+    say = partial(show, None if preset is None else preset.node_id)
+    pace = Pace(job, steps, patcher.load_device, say)
+    forecast, chosen = pace.forecast, words(plan)
+    if forecast is None:
+        live.expect(None, "", size, steps)
+    else:
+        live.expect(forecast.seconds, forecast.source, size, steps)
+    say(f"{chosen}: {expectation(forecast, size)}")
+    yield pace.around_callback(given.get("callback"))
+    came = f"{chosen}: {outcome(pace.finish())}"
+    logger.info("Skein: %s", came)
+    without = [f"Without {conflicts.NAMES[name]}: {why}" for name, why in choice.left_out.items()]
+    say("\n".join([came, *live.notes().values(), *without]))
 
 
 def _warn_of_memory(plan: Plan, patcher: "ModelPatcher", latent: tuple[int, ...]) -> None:
@@ -120,8 +130,7 @@ def _warn_of_memory(plan: Plan, patcher: "ModelPatcher", latent: tuple[int, ...]
     if device.type != "cuda" or not plan.techniques or packed:
         return
     load = Load.of(Network(patcher.model.diffusion_model), latent, dtype.itemsize)
-    world = 1 if plan.parallel is None else len(visible_devices(plan.parallel.device_names)) * machines()[0]
-    text = advice(load, plan, memory.get_total_memory(device), world)
+    text = advice(load, plan, memory.get_total_memory(device), world_of(plan))
     if text:
         logger.warning("Skein: %s", text)
         note("memory", text)

@@ -1,6 +1,8 @@
 """ComfyUI's server, where one runs in this process, and the prompt that it executes."""
 
+import re
 import sys
+from functools import partial
 from typing import Any
 
 
@@ -30,3 +32,16 @@ def _workflow_id(extra_data: Any) -> str | None:
     for key in ("extra_pnginfo", "workflow", "id"):
         extra_data = extra_data.get(key) if isinstance(extra_data, dict) else None
     return extra_data if isinstance(extra_data, str) else None
+
+
+def origin_of(function: Any) -> str:
+    """Whose a function is, in words: the folder of the node pack that it comes from, and its name."""
+    while isinstance(function, partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    name = getattr(function, "__qualname__", type(function).__qualname__).partition(".")[0]
+    module = getattr(function, "__module__", None) or type(function).__module__
+    # ComfyUI names a pack's module by its path, with "_x_" for each dot.
+    pack = re.search(r"custom_nodes[/\\]([^/\\.]+)", module)
+    owner = pack[1].replace("_x_", ".") if pack else "ComfyUI" if module.startswith("comfy") else module
+    return f"{name} of {owner}"

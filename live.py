@@ -148,6 +148,14 @@ def step(call: Any, run: Callable) -> Any:
     return run(call)
 
 
+def expect(seconds: float | None, source: str = "", bytes_: float | None = None, steps: int | None = None) -> None:
+    """STAND-IN until the panel branch is merged."""
+
+
+def at_step(step: int, steps: int) -> None:
+    """STAND-IN until the panel branch is merged."""
+
+
 def look(at_once: bool = False) -> None:
     """Tell how full and busy the devices are, once in a while."""
     global _last_look
@@ -241,6 +249,11 @@ def noted(about: str, text: str) -> None:
     with events.lock:
         _sampling.notes[about] = text[:TEXT_LENGTH]
         events.emit("note", about=about, text=text[:TEXT_LENGTH])
+
+
+def notes() -> dict[str, str]:
+    """What the techniques of the sampling in progress, or of the last one, have said."""
+    return dict(_sampling.notes)
 
 
 def workers_started(names: Sequence[str]) -> None:

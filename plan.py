@@ -18,6 +18,7 @@ DYNAMIC_SHAPES = ("auto", "on", "off")
 CPU_PROCESSES = 16  # at most: each takes 0.5 to 0.9 GB of host memory before it has a model
 DECODE_MODES = ("auto", "whole", "tiled")
 SPARSE_RULES = ("max_error", "density", "tau")
+PRESETS = ("balanced", "exact", "fastest", "low memory")
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,24 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class PresetConfig:
+    """What the Speed Up node asks for: techniques that are chosen when sampling starts (see presets.py), for what no
+    other node has set. Raises ValueError on values that cannot be.
+
+    preset: one of PRESETS. devices: as in ParallelConfig; of several, those that shorten the run.
+    node_id: the node to show the result on; not part of the plan's identity.
+    """
+
+    preset: str = "balanced"
+    devices: str = "all"
+    node_id: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        _one_of("preset", self.preset, PRESETS)
+        check_devices(device_names(self.devices), self.devices)
+
+
+@dataclass(frozen=True)
 class DecodeConfig:
     """Settings of VAE decoding (see vae/): no part of a plan, a node carries them out at once. Raises ValueError.
 
@@ -290,7 +309,10 @@ def check_devices(names: list[str], text: str) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is asked of the engine; None where a technique is not asked for."""
+    """All that is asked of the engine; None where a technique is not asked for.
+
+    preset: fills in the techniques when sampling starts, and is None then (presets.py).
+    """
 
     cache: CacheConfig | None = None
     attention: AttentionConfig | None = None
@@ -298,13 +320,14 @@ class Plan:
     compile: CompileConfig | None = None
     parallel: ParallelConfig | None = None
     sparse: SparseConfig | None = None
+    preset: PresetConfig | None = None
 
     @property
     def techniques(self) -> list[str]:
         """The names of what is asked for; a threshold of 0 asks for no cache, a max_error of 0 for no sparse
         attention."""
         asked = [each.name for each in fields(self) if getattr(self, each.name) is not None]
-        off = []
+        off = ["preset"]
         if self.cache is not None and self.cache.threshold == 0:
             off.append("cache")
         if self.sparse is not None and self.sparse.rule == "max_error" and self.sparse.max_error == 0:

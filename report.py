@@ -115,7 +115,7 @@ def publish(run: Run) -> None:
     live.ended(run)
     ended = "" if run.finished else " (stopped early)"
     logger.info("Skein first-block cache: %s%s", run.summary(), ended)
-    show(run.node_id, run.summary() + ended)
+    show(run.node_id, run.summary() + ended, "cache")
 
 
 def sparse_called(run: SparseRun) -> None:

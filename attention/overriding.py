@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..host import origin_of
 from ..models import OPTIONS, OVERRIDE, WARM_UP_KEY, Block, ModelCall, Options, Place, RunBlock, RunModel, Values
 from .op import Attend, active, current_options, enter_block
 from .op import attention as attention_op
@@ -26,9 +27,11 @@ OTHER_KEY = "skein_other_attention"  # another node's attention function, which 
 INSIDE_KEY = "skein_inside_attention"  # ours has called ComfyUI's or another node's: not again
 
 OURS = "_skein_override"  # attribute of our functions
-OTHER_RUNS = "another node has set an attention of its own: it runs"
-OTHER_SPARSE = "another node has set an attention of its own: Skein's sparse attention runs in the blocks"
-OTHER_LEFT = "another node has set an attention of its own: Skein's runs in the blocks, kernel stock would leave it"
+OTHER_RUNS = "another node's attention runs ({})"
+OTHER_SPARSE = "another node's attention ({}) is set aside in the blocks, where Skein's sparse attention runs"
+OTHER_LEFT = (
+    "another node's attention ({}) is set aside in the blocks, where Skein's runs; with kernel stock it would run there"
+)
 NONE = "its attention does not ask for another one, and runs as ComfyUI has it"
 ALL_EXACT = "nothing is computed in 8 bits: exact_steps is {exact} at both ends, and there are {steps} steps"
 
@@ -111,9 +114,10 @@ class AttentionHook:
         elif not hasattr(other, OURS):
             options[OVERRIDE], options[OTHER_KEY] = _before(other), other
             if self.sparse is not None:
-                self.sparse.say(OTHER_SPARSE)
+                self.sparse.say(OTHER_SPARSE.format(origin_of(other)))
             else:
-                self.selection.say(OTHER_RUNS if self.selection.config.kernel == "stock" else OTHER_LEFT)
+                says = OTHER_RUNS if self.selection.config.kernel == "stock" else OTHER_LEFT
+                self.selection.say(says.format(origin_of(other)))
 
     def _is_exact(self, options: Options) -> bool:
         config, schedule = self.selection.config, options.get("sample_sigmas")

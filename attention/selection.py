@@ -23,6 +23,7 @@ CHECK_QUERIES, CHECK_KEYS = 64, 512
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # relative; exact kernels
 TOLERANCE_8BIT = 0.25  # on Gaussian scores FP8 is off by 8 %; this only tells broken from rough
 TIMED_QUERIES = 16384  # against all keys: kernels differ in what they do once for all keys
+PYTORCHS = ("cudnn", "flash2")  # kernels that PyTorch has
 TIMES: dict[tuple, float] = {}  # milliseconds of kernels on problems that this process has met
 
 
@@ -45,6 +46,7 @@ class Selection:
         self._tell = say
         self._chosen: dict[tuple, Kernel | None] = {}
         self._failed: set[str] = set()  # labels
+        self._missing: dict[str, str] = {}  # labels of kernels that this GPU would run -> the package they lack
         self.reasons: list[str] = []  # what was found out, in words
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, exact: bool = True) -> Tensor:
@@ -67,16 +69,23 @@ class Selection:
         return self._chosen[key]
 
     def _choose(self, q: Tensor, k: Tensor, v: Tensor, exact: bool) -> Kernel | None:
-        working = [kernel for kernel in self._runnable(Problem.of(q), exact) if self._works(kernel, q, k, v)]
-        if len(working) > 1 and q.device.type == "cuda":
-            return self._fastest(working, q, k, v)
+        wanted, problem = self.config.kernel, Problem.of(q)
+        working = [kernel for kernel in self._runnable(problem, exact, wanted) if self._works(kernel, q, k, v)]
+        if not working and wanted not in ("auto", "stock"):  # the named one cannot run: what auto would take
+            working = [kernel for kernel in self._runnable(problem, exact, "auto") if self._works(kernel, q, k, v)]
         if working:
-            self.say(f"{working[0].label} runs")
-            return working[0]
+            several = len(working) > 1 and q.device.type == "cuda"
+            chosen = self._fastest(working, q, k, v) if several else working[0]
+            if not several:
+                self.say(f"{working[0].label} runs")
+            if chosen is not None and chosen.name in PYTORCHS:
+                for missing in self._missing.values():
+                    self.say(f"it can be faster: {missing}")
+            return chosen
         if not exact:
             return self._choose(q, k, v, exact=True)
-        if self.config.kernel != "stock":
-            others = self.config.allow_8bit and self._runnable(Problem.of(q), exact=False)
+        if wanted != "stock":
+            others = self.config.allow_8bit and self._runnable(problem, False, wanted)
             self.say(f"ComfyUI's own attention runs{' in the exact steps' if others else ': no other kernel can'}")
         return None
 
@@ -93,9 +102,9 @@ class Selection:
         self.say(f"{best.label} runs: the fastest of {found} on {min(TIMED_QUERIES, q.shape[2])} queries")
         return best
 
-    def _runnable(self, problem: Problem, exact: bool) -> list[Kernel]:
-        """The kernels that the configuration admits and this machine has; says why the others are not among them."""
-        wanted = self.config.kernel
+    def _runnable(self, problem: Problem, exact: bool, wanted: str) -> list[Kernel]:
+        """The kernels of this name, or of all ("auto"), that the configuration admits and this machine has; says why a
+        named one is not among them."""
         if wanted == "stock":
             return []
         named = [kernel for kernel in self._kernels if wanted in ("auto", kernel.name)]
@@ -111,6 +120,8 @@ class Selection:
                 runnable.append(kernel)
             elif wanted != "auto":
                 self.say(f"{kernel.label} cannot run: {obstacle}", logging.WARNING)
+            elif "pip install" in obstacle:
+                self._missing[kernel.label] = obstacle
             else:
                 logger.debug("Skein attention: %s not taken, %s", kernel.label, obstacle)
         return runnable

@@ -6,6 +6,7 @@ from .. import engine
 from ..models import KNOWN_MODELS
 from ..plan import ParallelConfig
 from ..workers import release
+from .inputs import devices_input
 
 DEFAULTS = ParallelConfig()
 
@@ -24,12 +25,7 @@ class ContextParallelNode(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip=f"{KNOWN_MODELS}, from Load Diffusion Model or Load Checkpoint."),
-                io.String.Input(
-                    "devices",
-                    default=DEFAULTS.devices,
-                    optional=True,
-                    tooltip='"all" GPUs, or their numbers: "0,1". "cpu,cpu" for two processes on the CPU.',
-                ),
+                devices_input(DEFAULTS.devices),
                 io.Int.Input(
                     "ulysses_degree",
                     default=DEFAULTS.ulysses_degree,

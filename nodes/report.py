@@ -51,7 +51,7 @@ class CacheReportNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent: dict, width: int = 960, height: int = 480) -> io.NodeOutput:
-        plan = engine.plan_of(model)
+        plan = engine.wanted_of(model)
         run, sparse = runs_of(latent["samples"], plan)
         if run is not None:
             picture = draw_run(run, width, height)

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..plan import DECODE_MODES, DecodeConfig
 from ..vae.decode import check, decode
-from ..workers import visible_devices
+from .inputs import check_devices_here, devices_input
 
 DEFAULTS = DecodeConfig()
 
@@ -37,12 +37,7 @@ class VAEDecodeNode(io.ComfyNode):
                     optional=True,
                     tooltip="whole: exact. tiled: less memory, and seams are blended. auto: whole where it fits.",
                 ),
-                io.String.Input(
-                    "devices",
-                    default=DEFAULTS.devices,
-                    optional=True,
-                    tooltip='"all" GPUs, or their numbers: "0,1". "cpu,cpu" for two processes on the CPU.',
-                ),
+                devices_input(DEFAULTS.devices),
                 _size("tile_size", 64, 32, "Side of a tile, in pixels."),
                 _size("overlap", 0, 32, "What neighbouring tiles share, in pixels."),
                 _size("temporal_size", 8, 4, "Frames of a tile."),
@@ -55,13 +50,7 @@ class VAEDecodeNode(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, devices: str | None = None) -> bool | str:
         """When the prompt is queued: whether the devices are there. None: they come by a link."""
-        try:
-            config = DecodeConfig(devices=devices or DEFAULTS.devices)
-            if config.device_names != ["all"]:
-                visible_devices(config.device_names)
-        except ValueError as error:
-            return str(error)
-        return True
+        return check_devices_here(devices)
 
     @classmethod
     def check_lazy_status(cls, vae, samples: dict | None = None, **settings) -> list[str]:

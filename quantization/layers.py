@@ -86,6 +86,18 @@ def is_quantized(model: nn.Module) -> bool:
     return any(already_quantized(layer) for block in blocks for layer in block.module.modules())
 
 
+def computes_in_fp8(device: torch.device) -> bool:
+    """Whether a device is faster in FP8 than in 16 bits."""
+    return device.type == "cuda" and supported_mode("per_row", device) != "weight_only"
+
+
+def saved_bytes(model: nn.Module, config: FP8Config) -> int:
+    """Bytes that FP8 takes off a model's weights, without their scales. Raises ValueError if the architecture is not
+    known."""
+    weights = [model.get_parameter(f"{path}.weight") for path in block_layers(model, config, config.mode) or ()]
+    return sum(weight.numel() * (weight.element_size() - 1) for weight in weights)
+
+
 def text_layers(model: nn.Module) -> dict[str, str] | None:
     """The same for a text encoder: all its Linear layers but heads, weight-only."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

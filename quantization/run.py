@@ -9,6 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from ..patchers import TWIN_KEY, is_loaded, keep
 from ..plan import FP8Config
 from ..report import show
+from ..units import bytes_text
 from .layers import (
     NONE_FIT,
     OLD_GPU,
@@ -70,7 +71,7 @@ def _twin_of(source: ModelPatcher, layers: dict[str, str]) -> tuple[Twin, bool]:
 def describe(twin: Twin, mode: str) -> str:
     lora = f", LoRA merged into {twin.merged_count}" if twin.merged_count else ""
     return (
-        f"FP8: {twin.source_bytes / 1e9:.1f} -> {twin.bytes / 1e9:.1f} GB in {twin.seconds:.1f} s "
+        f"FP8: {bytes_text(twin.source_bytes)} -> {bytes_text(twin.bytes)} in {twin.seconds:.1f} s "
         f"({mode.replace('_', ' ')}, {len(twin.modes)} layers{lora})"
     )
 

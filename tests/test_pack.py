@@ -26,6 +26,7 @@ print(json.dumps({"seconds": seconds, "nodes": [node.define_schema().node_id for
 """
 
 NODES = [
+    "SkeinSpeedUp",
     "SkeinFirstBlockCache",
     "SkeinAttention",
     "SkeinSparseAttention",

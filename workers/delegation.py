@@ -61,7 +61,7 @@ def delegated(plan: Plan, guider, seam: Seam) -> Iterator[None]:
             group.last_run = caller.figures(group.models.end(model))
         for rank, seconds in enumerate(group.last_run["exchange_s"]):
             live.workers_changed(rank, exchange_share=seconds / max(caller.seconds, 1e-9))
-        show(config.node_id, "; ".join(filter(None, [caller.summary(), what])))
+        show(config.node_id, "; ".join(filter(None, [caller.summary(), what])), "parallel")
     except GroupError as error:
         what = changes(recipe["files"])
         if not what:

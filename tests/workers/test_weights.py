@@ -193,7 +193,7 @@ def test_fp8_weights_stay_in_the_workers_as_long_as_an_output_has_them(model, ca
     for _ in range(2):
         sample(off, text(7), **SMALL)
         assert torch.equal(sample(on, text(7), **SMALL), first)
-    quantized = [line for line in caplog.text.splitlines() if "LoRA merged" in line or " GB in " in line]
+    quantized = [line for line in caplog.text.splitlines() if "LoRA merged" in line or " -> " in line]
     held = [private_bytes(pid) for pid in group._group.pids.values()]
     del on
     sample(off, text(7), **SMALL)

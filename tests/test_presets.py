@@ -1,0 +1,151 @@
+"""The Speed Up node: what its presets choose, what they leave to other nodes, and what they leave out."""
+
+import sys
+
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from skein import engine, presets
+from skein.bench.errors import relative_error
+from skein.demo.sampling import sample
+from skein.plan import AttentionConfig, CacheConfig, FP8Config, ParallelConfig, Plan, PresetConfig, SparseConfig
+from skein.report import recent_runs
+
+SMALL = dict(shape=(1, 16, 3, 8, 8), steps=6)
+TEXT = "a red circle"
+
+
+def sped_up(model, preset="balanced", **settings):
+    return engine.edit(model, preset=PresetConfig(preset, **settings))
+
+
+class Guider:
+    """What a plan is resolved for, as ComfyUI's guiders have it."""
+
+    def __init__(self, patcher):
+        self.model_patcher, self.model_options = patcher, patcher.model_options
+        self.model_options.setdefault("transformer_options", {})
+
+
+def chosen(model, latent=SMALL["shape"]):
+    return presets.resolve(engine.plan_of(model), Guider(model), latent)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What is shown on nodes, in order."""
+    texts = []
+    monkeypatch.setattr(engine, "show", lambda node, text, about="": texts.append((node, text)))
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("preset", "techniques"),
+    [
+        ("exact", {"attention"}),
+        ("balanced", {"attention", "cache"}),
+        ("fastest", {"attention", "cache", "sparse"}),
+        ("low memory", {"attention", "cache", "fp8"}),
+    ],
+)
+def test_what_the_presets_choose_on_a_cpu(tiny_model, preset, techniques):
+    """Nothing is compiled there, and FP8 saves memory only."""
+    assert set(chosen(sped_up(tiny_model, preset)).plan.techniques) == techniques
+
+
+def test_exact_is_exact(tiny_model):
+    stock = sample(tiny_model, TEXT, **SMALL)
+    assert relative_error(sample(sped_up(tiny_model, "exact"), TEXT, **SMALL), stock) < 1e-5
+
+
+def test_other_nodes_win_wherever_they_stand(tiny_model):
+    own = {"cache": CacheConfig(0.3), "attention": AttentionConfig(kernel="stock"), "fp8": FP8Config("per_tensor")}
+    before = sped_up(engine.edit(tiny_model, **own), "fastest")
+    after = engine.edit(sped_up(tiny_model, "fastest"), **own)
+    for model in (before, after):
+        plan = chosen(model).plan
+        assert {name: getattr(plan, name) for name in own} == own and plan.sparse == SparseConfig()
+
+
+def test_a_cache_that_is_switched_off_stays_off(tiny_model):
+    off = engine.edit(tiny_model, cache=CacheConfig(threshold=0))
+    assert chosen(sped_up(off)).plan.techniques == ["attention"]
+
+
+def test_the_last_of_two_speed_up_nodes_wins(tiny_model):
+    assert engine.plan_of(sped_up(sped_up(tiny_model, "fastest"), "exact")).preset == PresetConfig("exact")
+    assert chosen(sped_up(sped_up(tiny_model, "fastest"), "exact")).plan.techniques == ["attention"]
+
+
+def test_a_plan_without_a_preset_stays_as_it_is(tiny_model):
+    plan = Plan(cache=CacheConfig(0.2))
+    assert chosen(engine.edit(tiny_model, cache=plan.cache)).plan == plan
+
+
+def test_what_other_nodes_stand_against_is_left_out_and_said(tiny_model, shown):
+    """EasyCache's wrapper: First-Block Cache's own node would refuse it."""
+    model = sped_up(tiny_model, node_id="7")
+    model.add_wrapper_with_key(
+        WrappersMP.OUTER_SAMPLE, "easycache", lambda executor, *args, **kw: executor(*args, **kw)
+    )
+    runs = len(recent_runs())
+    sample(model, TEXT, **SMALL)
+    assert len(recent_runs()) == runs  # nothing was cached
+    node, last = shown[-1]
+    assert node == "7" and last.startswith("Attention: 6 steps in ")
+    assert "Without First-Block Cache: EasyCache and First-Block Cache cannot work on one model" in last
+
+
+def test_what_is_not_installed_is_left_out_and_said(tiny_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    choice = chosen(sped_up(tiny_model, "low memory"))
+    assert choice.plan.fp8 is None and "torchao" in choice.left_out["fp8"]
+
+
+def test_several_devices_only_where_they_gain(tiny_model):
+    """Devices that are named are used."""
+    model = sped_up(tiny_model, devices="cpu,cpu")
+    plan = engine.plan_of(model)
+    assert presets.wanted(plan, 0.06).parallel == ParallelConfig("cpu,cpu")
+    case = presets.Case(PresetConfig(devices="all"), tiny_model, SMALL["shape"])
+    assert "gain little on 48 tokens" in presets.ORDER["parallel"](case, plan)
+    assert chosen(model).plan.parallel == ParallelConfig("cpu,cpu")
+    model.cached_patcher_init = None  # as after a loader of another pack: no worker could load it again
+    choice = chosen(model)
+    assert choice.plan.parallel is None and "left no recipe" in choice.left_out["parallel"]
+
+
+def test_the_cache_keeps_what_fits(tiny_model, monkeypatch):
+    latent = (1, 16, 33, 90, 160)
+    needs = {}
+    for order in (0, 1, 2):
+        plan = Plan(cache=CacheConfig(0.06, order=order), attention=AttentionConfig())
+        needs[order] = presets.expected_bytes(plan, tiny_model, latent)
+    for order, need in needs.items():
+        monkeypatch.setattr("comfy.model_management.get_total_memory", lambda device, need=need: need)
+        assert chosen(sped_up(tiny_model), latent).plan.cache.order == order
+    monkeypatch.setattr("comfy.model_management.get_total_memory", lambda device: needs[0] / 2)
+    choice = chosen(sped_up(tiny_model), latent)
+    assert choice.plan.cache is None and "no memory" in choice.left_out["cache"]
+
+
+def test_a_latent_whose_size_is_not_known_is_taken_for_one_that_fits(tiny_model, monkeypatch):
+    monkeypatch.setattr("comfy.model_management.get_total_memory", lambda device: 1)
+    assert chosen(sped_up(tiny_model), (1, 1, 5000)).plan.cache.order == 2
+
+
+def test_the_node_says_what_was_chosen_before_and_after(tiny_model, shown):
+    model = sped_up(tiny_model, node_id="7")
+    first = sample(model, TEXT, **SMALL)
+    sample(model, TEXT, **SMALL)
+    said = [text for node, text in shown if node == "7" and not text.startswith("step ")]
+    assert said[0].startswith("Attention, First-Block Cache at 0.06: how long it takes is known after")
+    assert "MB" in said[0] and "6 steps in" in said[1]
+    assert "a step, " in said[2] and "in all" in said[2]  # the second run knows of the first
+    assert torch.equal(first, sample(model, TEXT, **SMALL))
+
+
+@pytest.mark.parametrize("settings", [{"preset": "turbo"}, {"devices": "gpu"}])
+def test_settings_that_cannot_be_are_refused(settings):
+    with pytest.raises(ValueError, match="must be"):
+        PresetConfig(**settings)
