@@ -1,59 +1,61 @@
-"""Live events: what happens in a run, to the browsers and programs on ComfyUI's websocket that have asked for them.
+"""Live state: what goes on, to the browsers and programs on ComfyUI's websocket that have asked for it.
 
-One message, `skein.events`, holds what has happened since the last one, oldest first:
+A message, `skein.state`, holds the state as it is then (live.py). What changes it only marks that; the message is made
+on the server's loop, at most seven times a second for each listener, 200 times for all, and less often where it is
+large. There are none while nobody listens: who wants them asks for them (`listen`), until its connection ends.
 
-    {"type": "skein.events", "data": {"events": [{"seq": 41, "kind": "call", ...}, ...]}}
-
-There are at most ten of them a second to each listener and 200 to all, and none while nobody listens: who wants them
-asks for them (`listen`), for as long as its connection lasts. `seq` counts all events of this process: who finds a
-number missing, or comes late, reads `GET /skein/status`, which says up to which number it holds.
+`version` counts the changes, over restarts of the server too. A message has everything that has changed since the one
+before, `GET /skein/status` everything; a listener that reads the status once misses nothing, and leaves out what has a
+lower version than what it knows.
 """
 
 import threading
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 from weakref import WeakValueDictionary
 
 from . import host
 
-EVENTS = "skein.events"  # the type of the message
-INTERVAL = 0.1  # seconds between two messages to a listener, at least
+STATE = "skein.state"  # the type of the message
+INTERVAL = 0.15  # seconds between two messages to a listener, at least
 ALL_INTERVAL = 0.005  # for each listener: sending needs Python's lock, for which the sampling thread would wait
-MOST = 256  # events in a message; where more wait the oldest go, and the gap in `seq` says so
+PAUSE = 50  # times as long as it took to make a message until the next one
 
-lock = threading.RLock()  # holds what is told and `seq` together; for live.py, which changes what is told
+lock = threading.RLock()  # holds the state and its version together; for live.py, which changes it
 # Client id -> its connection when it asked. Weak: a client that has left is forgotten with its connection.
 _listeners: MutableMapping[str, Any] = WeakValueDictionary()
-_pending: list[dict] = []
-_seq = 0
+_version = int(1000 * time.time())  # so that it is higher than before a restart
+_told = _version  # what listeners know
 _scheduled = False
-_sent = 0.0
+_due = 0.0
 
 
-def emit(kind: str, **data: Any) -> None:
-    """Tell of something, from any thread; data: small and JSON-ready. Costs next to nothing where nobody listens."""
-    global _seq, _scheduled
+def changed(news: Callable[[int], dict], *runs: Any) -> None:
+    """Something has changed, also these runs. From any thread; costs next to nothing where nobody listens.
+
+    news: makes a message, JSON-ready, with what has changed since a version.
+    """
+    global _version, _told, _scheduled
     with lock:
-        _seq += 1
+        _version += 1
+        for run in runs:
+            run.version = _version
         server = listened_to()
         if server is None:
-            _pending.clear()
-            return
-        _pending.append({"seq": _seq, "kind": kind, **data})
-        del _pending[:-MOST]
-        if not _scheduled:
+            _told = _version
+        elif not _scheduled:
             _scheduled = True
-            server.loop.call_soon_threadsafe(_flush_when_due, server)
+            server.loop.call_soon_threadsafe(_send_when_due, server, news)
 
 
-def last_seq() -> int:
-    """The number of the last event."""
-    return _seq
+def version() -> int:
+    """How many changes there have been."""
+    return _version
 
 
 def listen(client_id: str, wanted: bool) -> bool:
-    """Send events to a client of the websocket, or no more; whether it is connected. Runs on the server's loop."""
+    """Send the state to a client of the websocket, or no more; whether it is connected. Runs on the server's loop."""
     server = host.server()
     connection = server.sockets.get(client_id) if server else None
     with lock:
@@ -68,22 +70,22 @@ def listened_to() -> Any:
     return host.server() if _listeners else None
 
 
-def _flush_when_due(server: Any) -> None:
+def _send_when_due(server: Any, news: Callable[[int], dict]) -> None:
     """On the server's loop: now, or as soon as a message may be sent again."""
-    interval = max(INTERVAL, ALL_INTERVAL * len(_listeners))
-    server.loop.call_later(max(_sent + interval - time.monotonic(), 0.0), _flush, server)
+    server.loop.call_later(max(_due - time.monotonic(), 0.0), _send, server, news)
 
 
-def _flush(server: Any) -> None:
-    global _scheduled, _sent
+def _send(server: Any, news: Callable[[int], dict]) -> None:
+    global _scheduled, _told, _due
+    started = time.monotonic()
     with lock:
-        events = list(_pending)
-        _pending.clear()
-        _scheduled = False
-        _sent = time.monotonic()
         for client_id, connection in list(_listeners.items()):
             if server.sockets.get(client_id) is not connection:  # gone, or come back: it has to ask again
                 del _listeners[client_id]
         clients = list(_listeners)
-    for client_id in clients if events else ():
-        server.send_sync(EVENTS, {"events": events}, client_id)
+        message = news(_told) if clients else {}
+        _scheduled, _told = False, _version
+    for client_id in clients:
+        server.send_sync(STATE, message, client_id)
+    now = time.monotonic()
+    _due = now + max(INTERVAL, ALL_INTERVAL * len(clients), PAUSE * (now - started))

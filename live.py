@@ -1,7 +1,7 @@
-"""What goes on in this ComfyUI, for whoever looks: sampling, the runs of the cache, the processes that compute.
+"""What goes on in this ComfyUI: sampling, the runs, the processes that compute, and what else is waited for.
 
-Every change is told as an event (events.py) with what is needed to follow it; `snapshot()` is all of it at once.
-Changes come from the sampling thread and from the threads of the worker group, snapshots from the server's.
+Each change is marked (`_mark`), and soon after listeners get a message with what is so then (events.py); `snapshot()`
+is all of it. Changes come from the sampling thread and from those of the worker group, messages from the server's.
 """
 
 import os
@@ -44,7 +44,12 @@ class Process:
 
 @dataclass
 class Sampling:
-    """The sampling in progress, or the last one. calls: of the model, since it began."""
+    """The sampling in progress, or the last one. calls: of the model, since it began. step: the one under way, from 0.
+
+    expected_s: how long it takes in all, as was thought before (expected_from: "measured", "first step", or "" for
+    nowhere); expected_end: when it will have ended, in seconds since the epoch, from the steps done once there are two.
+    activity: what goes on beside model calls, {"text", "part" (of it done, None: unknown), "since"}; None: nothing.
+    """
 
     running: bool = False
     techniques: list[str] = field(default_factory=list)
@@ -55,6 +60,14 @@ class Sampling:
     step_ms: float | None = None  # from the beginning of a call to that of the next
     error: str | None = None
     notes: dict[str, str] = field(default_factory=dict)  # technique -> what it did
+    steps: int | None = None
+    step: int | None = None
+    ended: float | None = None  # seconds since the epoch
+    expected_s: float | None = None
+    expected_from: str = ""
+    expected_bytes: float | None = None  # of device memory
+    expected_end: float | None = None
+    activity: dict | None = None
 
 
 _runs: deque[Run] = deque(maxlen=KEPT_RUNS)
@@ -62,7 +75,11 @@ _sparse_runs: deque[SparseRun] = deque(maxlen=KEPT_RUNS)
 _sampling = Sampling()
 _own = Process(None, "cpu", pid=os.getpid())
 _workers: list[Process] = []
+_activities: list[dict] = []  # of this process, the innermost last
+_in_workers: list[dict] = []
+_deliver_activity: Callable[[dict | None], None] | None = None  # in a worker
 _last_call = _last_look = 0.0
+_second_step: float | None = None  # when it began, in seconds since the epoch
 
 
 def starts_on(device: torch.device) -> None:
@@ -71,16 +88,26 @@ def starts_on(device: torch.device) -> None:
 
 
 def snapshot() -> dict:
-    """All of it, JSON-ready; "seq" is the number of the last event that it holds."""
+    """All of it, JSON-ready."""
+    return _news(since=-1)
+
+
+def _news(since: int) -> dict:
+    """What goes on, and the runs that have changed since a version. JSON-ready."""
     with events.lock:
         return {
-            "seq": events.last_seq(),
+            "version": events.version(),
             "time": time.time(),
             "sampling": asdict(_sampling),
             "processes": [asdict(process) for process in _processes()],
-            "runs": [run.as_dict() for run in _runs],
-            "sparse": [run.as_dict() for run in _sparse_runs],
+            "runs": [run.as_dict() for run in _runs if run.version > since],
+            "sparse": [run.as_dict() for run in _sparse_runs if run.version > since],
         }
+
+
+def _mark(*changed: Run | SparseRun) -> None:
+    """Something has changed: also these runs."""
+    events.changed(_news, *changed)
 
 
 def runs() -> list[Run]:
@@ -96,13 +123,14 @@ def current_run() -> Run | None:
 @contextmanager
 def sampling(techniques: Sequence[str], device: torch.device) -> Iterator[None]:
     """Within: sampling under a plan with these techniques, in this process or with it as the one that asks."""
-    global _sampling, _last_call
+    global _sampling, _last_call, _second_step
     with events.lock:
-        _last_call = 0.0
+        _last_call, _second_step = 0.0, None
         _sampling = Sampling(True, list(techniques), *host.executing(), started=time.time())
+        _sampling.activity = _activity()
         _own.device, _own.state = str(device), RUNNING
-        events.emit("sampling", sampling=asdict(_sampling))
         look(at_once=True)
+        _mark()
     error: str | None = None
     try:
         yield
@@ -111,13 +139,15 @@ def sampling(techniques: Sequence[str], device: torch.device) -> Iterator[None]:
         raise
     finally:
         with events.lock:
-            _sampling.running, _sampling.error = False, error
+            _sampling.running, _sampling.error, _sampling.ended = False, error, time.time()
             for process in _processes():
-                if process.state in (LOADING, RUNNING):  # workers too: an interrupt is not told to them
+                if process.state in (LOADING, RUNNING):  # workers too
                     process.state = READY
             _give_up(error)
+            _in_workers.clear()  # an interrupt is not told to them
+            _sampling.activity = _activity()
             look(at_once=True)
-            events.emit("sampling", sampling=asdict(_sampling))
+            _mark()
 
 
 def _give_up(error: str | None) -> None:
@@ -125,10 +155,10 @@ def _give_up(error: str | None) -> None:
     run, sparse = current_run(), current_sparse_run()
     if run is not None:
         run.ended, run.error, run.seconds = True, error, time.time() - run.started
-        events.emit("run", run=_outline(run))
+        _mark(run)
     if sparse is not None:
         sparse.ended = True
-        events.emit("sparse", run=sparse.as_dict())
+        _mark(sparse)
 
 
 def step(call: Any, run: Callable) -> Any:
@@ -143,8 +173,8 @@ def step(call: Any, run: Callable) -> Any:
                 if process.state == RUNNING:
                     process.step_ms = _sampling.step_ms
         _last_call = now
-        events.emit("step", calls=_sampling.calls, step_ms=_sampling.step_ms)
-    look()
+        look()
+        _mark()
     return run(call)
 
 
@@ -157,7 +187,7 @@ def at_step(step: int, steps: int) -> None:
 
 
 def look(at_once: bool = False) -> None:
-    """Tell how full and busy the devices are, once in a while."""
+    """See how full and busy the devices are, once in a while and only for who listens."""
     global _last_look
     now = time.monotonic()
     if not events.listened_to() or (not at_once and now - _last_look < LOOK_SECONDS):
@@ -172,7 +202,78 @@ def look(at_once: bool = False) -> None:
         used, process.utilisation = devices.load_of(torch.device(process.device))
         if used is not None:
             process.memory_used = used
-    events.emit("processes", processes=[asdict(process) for process in _processes()])
+
+
+def at_step(step: int, steps: int) -> None:
+    """A sampling step begins, counted from 0, of so many."""
+    global _second_step
+    now = time.time()
+    with events.lock:
+        if step == 1:
+            _second_step = now  # the first step loads and compiles
+        elif step > 1 and _second_step is not None:
+            _sampling.expected_end = now + (now - _second_step) / (step - 1) * (steps - step)
+        _sampling.step, _sampling.steps = step, steps
+        _mark()
+
+
+def expect(seconds: float | None, source: str = "", bytes_: float | None = None, steps: int | None = None) -> None:
+    """How long the sampling in progress takes in all, and the memory, as is thought before. source: "measured" or
+    "first step"."""
+    with events.lock:
+        _sampling.expected_s, _sampling.expected_from, _sampling.expected_bytes = seconds, source, bytes_
+        if seconds is not None and _sampling.started is not None:
+            _sampling.expected_end = _sampling.started + seconds
+        if steps is not None:
+            _sampling.steps = steps
+        _mark()
+
+
+@contextmanager
+def activity(text: str) -> Iterator[Callable]:
+    """Within: something goes on that is no model call, and is waited for. Of several the innermost is shown.
+
+    Yields progress(part, text=None), which says how much of it is done (0 to 1, None: unknown), and what goes on now.
+    """
+    own = {"text": text[:TEXT_LENGTH], "part": None, "since": time.time()}
+
+    def progress(part: float | None, text: str | None = None) -> None:
+        own.update(part=part, text=own["text"] if text is None else text[:TEXT_LENGTH])
+        _show_activity()
+
+    _activities.append(own)
+    _show_activity()
+    try:
+        yield progress
+    finally:
+        _activities[:] = [each for each in _activities if each is not own]
+        _show_activity()
+
+
+def deliver_activity(send: Callable[[dict | None], None]) -> None:
+    """From now on hand what goes on in this process, a worker, to ComfyUI's."""
+    global _deliver_activity
+    _deliver_activity = send
+
+
+def worker_activity(told: dict | None) -> None:
+    """What goes on in the workers; it is shown before what waits for it here."""
+    _in_workers[:] = [told] if told is not None else []
+    _show_activity()
+
+
+def _activity() -> dict | None:
+    shown = [*_activities, *_in_workers][-1:]
+    return dict(shown[0]) if shown else None
+
+
+def _show_activity() -> None:
+    with events.lock:
+        shown = _activity()
+        if _deliver_activity is not None:
+            return _deliver_activity(shown)
+        _sampling.activity = shown
+        _mark()
 
 
 def begun(run: Run) -> None:
@@ -180,7 +281,7 @@ def begun(run: Run) -> None:
     with events.lock:
         run.prompt_id, run.workflow_id = _sampling.prompt_id, _sampling.workflow_id
         _runs.append(run)
-        events.emit("run", run=_outline(run))
+        _mark(run)
 
 
 def sparse_runs() -> list[SparseRun]:
@@ -204,8 +305,7 @@ def sparse_called(run: SparseRun) -> None:
         else:
             run.prompt_id, run.workflow_id = _sampling.prompt_id, _sampling.workflow_id
             _sparse_runs.append(run)
-        layers: dict[str, list] = {} if run.ended else {"layers": []}
-        events.emit("sparse", run={**run.as_dict(), **layers})
+        _mark(run)
 
 
 def sampled(latent: list[float]) -> None:
@@ -215,12 +315,9 @@ def sampled(latent: list[float]) -> None:
             run.latent = latent
 
 
-def called(run: Run, times: list) -> None:
-    """A run has one call more. times: [index, ms] of its calls whose time has become known."""
-    with events.lock:
-        index = len(run.calls) - 1
-        call = asdict(run.calls[index])
-        events.emit("call", run=run.id, index=index, steps=run.steps, call=call, times=times, sums=run.sums())
+def called(run: Run) -> None:
+    """A run has one call more, or the time of one has become known."""
+    _mark(run)
 
 
 def ended(run: Run) -> None:
@@ -236,19 +333,14 @@ def ended(run: Run) -> None:
                 break
         else:
             _runs.append(run)
-        events.emit("run", run=_outline(run), times=[[i, call.ms] for i, call in enumerate(run.calls)])
-
-
-def _outline(run: Run) -> dict:
-    """A run without its calls."""
-    return {name: value for name, value in run.as_dict().items() if name != "calls"}
+        _mark(run)
 
 
 def noted(about: str, text: str) -> None:
     """A technique says what it does."""
     with events.lock:
         _sampling.notes[about] = text[:TEXT_LENGTH]
-        events.emit("note", about=about, text=text[:TEXT_LENGTH])
+        _mark()
 
 
 def notes() -> dict[str, str]:
@@ -262,7 +354,7 @@ def workers_started(names: Sequence[str]) -> None:
         _workers[:] = [
             Process(rank, name if name == "cpu" else f"cuda:{name}", STARTING) for rank, name in enumerate(names)
         ]
-        _tell_processes()
+        _mark()
 
 
 def workers_changed(rank: int | None = None, **values: Any) -> None:
@@ -272,7 +364,7 @@ def workers_changed(rank: int | None = None, **values: Any) -> None:
             if rank is None or process.rank == rank:
                 for name, value in values.items():
                     setattr(process, name, value[:TEXT_LENGTH] if isinstance(value, str) else value)
-        _tell_processes()
+        _mark()
 
 
 def workers_stand(state: str) -> None:
@@ -289,7 +381,7 @@ def workers_filled(readings: Sequence[dict]) -> None:
             if reading["rank"] in known:
                 process = known[reading["rank"]]
                 process.memory_used, process.memory_total = reading["used"], reading["total"]
-        _tell_processes()
+        _mark()
 
 
 def workers_gone(rank: int | None, state: str, text: str = "") -> None:
@@ -300,15 +392,13 @@ def workers_gone(rank: int | None, state: str, text: str = "") -> None:
             process.state = state if first else ENDED
             process.text = text[:TEXT_LENGTH] if first else ""
             process.memory_used = process.utilisation = None
-        _tell_processes()
+        _in_workers.clear()
+        _sampling.activity = _activity()
+        _mark()
 
 
 def _processes() -> list[Process]:
     return [_own, *_workers]
-
-
-def _tell_processes() -> None:
-    events.emit("processes", processes=[asdict(process) for process in _processes()])
 
 
 def sentence(error: BaseException) -> str:

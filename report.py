@@ -83,6 +83,7 @@ def deliver_to(send: Callable[[str, Any], None]) -> None:
     for receive()."""
     global _deliver
     _deliver = send
+    live.deliver_activity(lambda shown: send("activity", {"shown": shown}))
 
 
 def receive(kind: str, data: dict) -> None:
@@ -104,7 +105,7 @@ def add(run: Run, call: Call, timed: Sequence[Timed] = ()) -> None:
         times = [[i, each.ms] for i, each in enumerate(run.calls) if any(each is one for one in timed)]
         if _deliver is not None:
             return _deliver("called", {"run": run.id, "steps": run.steps, "call": asdict(call), "times": times})
-        live.called(run, times)
+        live.called(run)
 
 
 def publish(run: Run) -> None:
@@ -174,7 +175,7 @@ def _receive_call(data: dict) -> None:
     run.calls.append(Call(**data["call"]))
     for index, ms in data["times"]:
         run.calls[index].ms = ms
-    live.called(run, data["times"])
+    live.called(run)
 
 
 KINDS: dict[str, Callable[[dict], None]] = {
@@ -185,4 +186,5 @@ KINDS: dict[str, Callable[[dict], None]] = {
     "show": lambda data: show(**data),
     "note": lambda data: note(**data),
     "filled": lambda data: memory(**data),
+    "activity": lambda data: live.worker_activity(data["shown"]),
 }

@@ -3,7 +3,8 @@
     GET  /skein/status          all of live.snapshot(): sampling, processes, runs, sparse
     GET  /skein/runs?limit=16   the last runs under the cache that have ended, oldest first: {"runs": [...]}
     GET  /skein/runs/<id>       one of them, or the one in progress
-    POST /skein/listen          events for a client of the websocket: {"client_id": its id, "listen": true} -> {}
+    POST /skein/listen          the state, as it changes, to a client of the websocket: {"client_id": its id,
+                                "listen": true} -> {}
     POST /skein/release         ends the worker processes: {} -> {"released": whether there were any}
 
 What changes something is a POST with a JSON body from the same origin, so that no other page can ask for it.

@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Run:
     prompt_id: str | None = None  # ComfyUI's, of the prompt that it was part of
     workflow_id: str | None = None  # of the workflow that the prompt was made from
     latent: list[float] = field(default_factory=list)  # values of the latent that it made (latents.py)
+    version: int = 0  # of the state in which it changed last (events.py)
 
     @property
     def reused(self) -> int:
@@ -87,8 +88,8 @@ class Run:
         }
 
     def as_dict(self) -> dict:
-        """JSON-ready: every field but `latent`, and the sums."""
-        fields = {**asdict(self), **self.sums()}
+        """JSON-ready: every field but `latent`, and the sums. It is made often while a run goes on."""
+        fields = {**vars(self), "calls": [dict(vars(call)) for call in self.calls], **self.sums()}
         del fields["latent"]
         return fields
 

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -56,6 +56,7 @@ class SparseRun:
     prompt_id: str | None = None  # ComfyUI's, of the prompt that it was part of
     workflow_id: str | None = None
     latent: list[float] = field(default_factory=list)  # values of the latent that it made (latents.py)
+    version: int = 0  # of the state in which it changed last (events.py)
 
     @property
     def sparse_calls(self) -> list[SparseCall]:
@@ -89,13 +90,18 @@ class SparseRun:
         return ", ".join(parts)
 
     def as_dict(self) -> dict:
-        """JSON-ready: every field but `latent`, and what is said of the calls."""
-        fields = asdict(self)
+        """JSON-ready: every field but `latent`, and what is said of the calls. `layers`, thousands of numbers, when the
+        run has ended."""
+        fields = {**vars(self), "calls": [dict(vars(call)) for call in self.calls]}
+        fields["layers"] = [_rounded(layer) for layer in self.layers] if self.ended else []
         del fields["latent"]
-        for layer in fields["layers"]:  # thousands of numbers, for people to look at
-            layer["density"], layer["error"] = ([round(each, 5) for each in layer[n]] for n in ("density", "error"))
         said = {"density": self.density, "error": self.error, "speedup": self.speedup, "summary": self.summary()}
         return {**fields, **said}
+
+
+def _rounded(layer: SparseLayer) -> dict:
+    means = {name: [round(each, 5) for each in vars(layer)[name]] for name in ("density", "error")}
+    return {**vars(layer), **means}
 
 
 def _mean(values: list[float], none: float) -> float:

@@ -1,4 +1,4 @@
-"""Live events and routes of a real server, as a program without a browser meets them."""
+"""Live state and routes of a real server, as a program without a browser meets them."""
 
 import asyncio
 import gc
@@ -16,7 +16,7 @@ import websocket
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from graphs import SAMPLER, seeded, with_sparse
-from skein import events, host, live
+from skein import events, host, live, report
 from skein.demo.run import node_id
 from skein.report import add
 from skein.runs import Call, Run
@@ -26,7 +26,7 @@ from skein.sparse_runs import SparseCall, SparseLayer, SparseRun
 @contextmanager
 def listening(server):
     """Within: the messages of Skein that a program on the websocket gets, with when they came."""
-    arrived, ended = [], threading.Event()
+    arrived, ended, since = [], threading.Event(), time.time()
     channel = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId=listener", timeout=120)
     assert server.post("/skein/listen", {"client_id": "listener", "listen": True}) == {}
 
@@ -34,10 +34,11 @@ def listening(server):
         while not ended.is_set():
             message = channel.recv()
             event = json.loads(message) if isinstance(message, str) else {"type": "binary"}
-            if event["type"] != "skein.events":
+            if event["type"] != "skein.state":
                 continue
             arrived.append((time.monotonic(), event["data"]))
-            if any(each["kind"] == "sampling" and not each["sampling"]["running"] for each in event["data"]["events"]):
+            sampling = event["data"]["sampling"]
+            if sampling["ended"] is not None and sampling["started"] > since:
                 ended.set()
 
     threading.Thread(target=listen, daemon=True).start()
@@ -46,52 +47,81 @@ def listening(server):
     channel.close()
 
 
-def test_a_run_as_events(server, prompt):
-    """Every event once, in order, small, at most ten messages a second; together they are what the routes say."""
+def test_a_run_as_messages(server, prompt):
+    """Each holds the state, with the run whole; seven a second at most; the last is what the routes say."""
     start = server.get("/skein/status")
     with listening(server) as arrived:
         server.run(seeded(prompt, 301))
     status = server.get("/skein/status")
     messages = [data for _, data in arrived]
-    told = [event for message in messages for event in message["events"]]
-    numbers = [event["seq"] for event in told]
-    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-    assert start["seq"] < numbers[0] and numbers[-1] <= status["seq"]
-    assert all(len(json.dumps(message)) < 16_000 for message in messages)
+    versions = [message["version"] for message in messages]
+    assert versions == sorted(set(versions)) and start["version"] < versions[0] and versions[-1] <= status["version"]
+    assert all(len(json.dumps(message)) < 8_000 for message in messages)
     times = [when for when, _ in arrived]
-    assert all(later - earlier > 0.9 for earlier, later in zip(times, times[10:]))  # eleven take a second
+    assert all(later - earlier > 0.9 for earlier, later in zip(times, times[7:]))
 
     run = status["runs"][-1]
-    calls = {event["index"]: event["call"] for event in told if event["kind"] == "call" and event["run"] == run["id"]}
-    assert [calls[i]["sigma"] for i in range(6)] == [call["sigma"] for call in run["calls"]]
-    assert [calls[i]["reused"] for i in range(6)] == [call["reused"] for call in run["calls"]]
-    kinds = [event["kind"] for event in told]
-    assert kinds.count("sampling") >= 1 and kinds.count("step") == 6 and "processes" in kinds
-    begun = next(event["sampling"] for event in told if event["kind"] == "sampling")
-    assert begun["running"] and begun["techniques"] == ["cache"]
+    told = [each for message in messages for each in message["runs"]]
+    assert {each["id"] for each in told} == {run["id"]}  # no run but the one that changes
+    counts = [len(each["calls"]) for each in told]
+    assert counts == sorted(counts) and told[-1] == run and len(run["calls"]) == 6
+    sampling = messages[0]["sampling"]
+    assert sampling["running"] and sampling["techniques"] == ["cache"] and sampling["ended"] is None
+    assert messages[-1]["processes"][0]["state"] == "ready" and messages[-1]["sampling"]["calls"] == 6
+    assert messages[-1]["sampling"] == status["sampling"] and not status["sampling"]["running"]
+    assert sampling["started"] < status["sampling"]["ended"] < status["time"]
 
 
-def test_a_run_under_sparse_attention_as_events(server, prompt):
-    """Told whole with each call; its layers, which are many, when it has ended."""
+def test_a_run_under_sparse_attention_as_messages(server, prompt):
+    """Its layers, which are many, come when it has ended."""
     with listening(server) as arrived:
         server.run(with_sparse(seeded(prompt, 311), cached=True))
     status = server.get("/skein/status")
-    told = [event for _, data in arrived for event in data["events"] if event["kind"] == "sparse"]
-    assert [len(event["run"]["calls"]) for event in told] == [0, 1, 2, 3, 4, 5, 6, 6]
-    assert all(event["run"]["layers"] == [] and not event["run"]["ended"] for event in told[:-1])
+    told = [run for _, data in arrived for run in data["sparse"]]
+    counts = [len(each["calls"]) for each in told]
+    assert counts == sorted(counts) and counts[0] < 6 == counts[-1]
+    assert all(each["layers"] == [] and not each["ended"] for each in told[:-1])
     run = status["sparse"][-1]
-    assert told[-1]["run"] == run and run["ended"] and len(run["layers"]) == 6
+    assert told[-1] == run and run["ended"] and len(run["layers"]) == 6
     assert run["prompt_id"] == status["runs"][-1]["prompt_id"] is not None
-    assert all(len(json.dumps(event)) < 6000 for event in told)
+    assert all(len(json.dumps(each)) < 6000 for each in told)
+
+
+class Loop:
+    """A server's loop that calls at once what it is given."""
+
+    def __init__(self):
+        self.delays = []
+
+    def call_soon_threadsafe(self, function, *arguments):
+        function(*arguments)
+
+    def call_later(self, delay, function, *arguments):
+        self.delays.append(delay)
+        function(*arguments)
+
+
+class Connection:
+    """Of a listener."""
 
 
 @pytest.fixture
 def told(monkeypatch):
-    """The runs that events tell of, and no runs kept before."""
-    kept = []
+    """The messages to a listener, each sent at once; no runs kept before."""
+    connection, messages = Connection(), []
+    comfyui = types.SimpleNamespace(
+        sockets={"one": connection},
+        loop=Loop(),
+        prompt_queue=types.SimpleNamespace(get_current_queue_volatile=lambda: ([], [])),
+        send_sync=lambda kind, message, client: messages.append(json.loads(json.dumps(message))),
+    )
+    monkeypatch.setattr(host, "server", lambda: comfyui)
+    live._runs.clear()
     live._sparse_runs.clear()
-    monkeypatch.setattr(events, "emit", lambda kind, **data: kept.append(data["run"]) if kind == "sparse" else None)
-    yield kept
+    assert events.listen("one", True)
+    yield messages
+    events.listen("one", False)
+    live._runs.clear()
     live._sparse_runs.clear()
 
 
@@ -106,11 +136,13 @@ def test_the_last_runs_under_sparse_attention_are_kept(told):
     again = SparseRun(id=runs[-1].id, layers=layers, calls=calls)
     live.sparse_called(again)
     assert live.sparse_runs()[-1] is again and again.latent == [1.0]
-    assert [len(told[-1][name]) for name in ("calls", "layers")] == [1, 0] and told[-1]["prompt_id"] == "prompt"
+    [news] = told[-1]["sparse"]
+    assert [len(news[name]) for name in ("calls", "layers")] == [1, 0] and news["prompt_id"] == "prompt"
     again.ended = True
     live.sparse_called(again)
-    assert told[-1] == live.snapshot()["sparse"][-1] and len(told[-1]["layers"]) == 1
-    assert "latent" not in told[-1] and len(live.sparse_runs()) == live.KEPT_RUNS
+    [news] = told[-1]["sparse"]
+    assert news == live.snapshot()["sparse"][-1] and len(news["layers"]) == 1
+    assert "latent" not in news and len(live.sparse_runs()) == live.KEPT_RUNS
 
 
 def test_a_sparse_run_whose_worker_is_gone_has_ended(told):
@@ -119,7 +151,8 @@ def test_a_sparse_run_whose_worker_is_gone_has_ended(told):
         live.sparse_called(run)
         assert live.current_sparse_run() is run
     assert run.ended and live.current_sparse_run() is None
-    assert told[-1]["id"] == run.id and told[-1]["ended"]
+    news = [each for message in told for each in message["sparse"]]
+    assert news[-1]["id"] == run.id and news[-1]["ended"]
 
 
 def test_a_latent_is_of_the_sparse_run_in_progress(told):
@@ -135,6 +168,68 @@ def test_a_latent_is_of_the_sparse_run_in_progress(told):
     assert run.latent == [1.0, 2.0]
 
 
+def test_what_goes_on_beside_model_calls(told):
+    """The inner activity shows, then the outer one again, also after an exception; a worker's before
+    what waits for it."""
+
+    def shown():
+        activity = told[-1]["sampling"]["activity"]
+        return activity and (activity["text"], activity["part"])
+
+    with live.activity("Loading the model") as progress:
+        assert shown() == ("Loading the model", None)
+        with live.sampling(["fp8"], torch.device("cpu")), pytest.raises(ValueError):
+            progress(0.5)
+            with live.activity("Quantizing to FP8") as inner:
+                inner(0.25, "Quantizing to FP8, layer 3")
+                assert shown() == ("Quantizing to FP8, layer 3", 0.25)
+                raise ValueError
+        assert shown() == ("Loading the model", 0.5)
+        report.receive("activity", {"shown": {"text": "Compiling", "part": None, "since": 1.0}})
+        assert shown() == ("Compiling", None)
+        report.receive("activity", {"shown": None})
+        assert shown() == ("Loading the model", 0.5)
+    assert shown() is None
+
+
+def test_the_end_is_expected_from_the_steps_that_are_done(told, monkeypatch):
+    """First from what was said before, then from all steps but the first, which loads and compiles."""
+    clock = types.SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(
+        live,
+        "time",
+        types.SimpleNamespace(
+            time=lambda: clock.now, **{name: getattr(time, name) for name in ("monotonic", "perf_counter")}
+        ),
+    )
+    ends = []
+    with live.sampling(["cache"], torch.device("cpu")):
+        live.expect(60.0, "measured", 2e10, steps=10)
+        for step, now in enumerate((1010.0, 1040.0, 1042.0, 1046.0)):
+            clock.now = now
+            live.at_step(step, 10)
+            ends.append(told[-1]["sampling"]["expected_end"])
+    assert ends == [1060.0, 1060.0, 1042 + 2 * 8, 1046 + 3 * 7]
+    sampling = told[-1]["sampling"]
+    assert (sampling["expected_s"], sampling["expected_from"], sampling["expected_bytes"]) == (60.0, "measured", 2e10)
+    assert (sampling["step"], sampling["steps"], sampling["ended"]) == (3, 10, 1046.0)
+
+
+def test_a_long_run_is_told_of_less_often(told):
+    """A message holds the run whole: the longer it takes to make, the longer until the next."""
+    run = Run(steps=1000)
+    live.begun(run)
+    call = Call(0.123456789, 0.0123456789, 0.06, True, 12.3456789)
+    started = time.perf_counter()
+    for _ in range(1000):
+        add(run, call, [])
+    seconds = (time.perf_counter() - started) / 1000
+    delays = host.server().loop.delays
+    assert len(told) == 1001 and len(told[-1]["runs"][0]["calls"]) == 1000
+    assert len(json.dumps(told[-1])) < 200_000 and delays[-1] > 0.9 * events.INTERVAL
+    assert seconds < 0.02  # each made a message here, half of them of 500 calls and more
+
+
 def test_nothing_is_sent_unasked(server, prompt):
     """Who has not asked, has asked no more, or has come back on a new connection gets nothing: it reads the status."""
     address, ask = f"ws://127.0.0.1:{server.port}/ws?clientId=silent", {"client_id": "silent", "listen": True}
@@ -143,23 +238,23 @@ def test_nothing_is_sent_unasked(server, prompt):
     channel.close()
     time.sleep(1)  # ComfyUI takes the client off its list when it sees that
     channel = websocket.create_connection(address, timeout=120)
-    before = server.get("/skein/status")["seq"]
+    before = server.get("/skein/status")["version"]
     server.run(seeded(prompt, 302))
     server.post("/skein/listen", ask)
     server.post("/skein/listen", {**ask, "listen": False})
     server.run(seeded(prompt, 303))
     after = server.get("/skein/status")
-    assert after["seq"] > before + 12 and after["runs"][-1]["ended"]
+    assert after["version"] > before + 12 and after["runs"][-1]["ended"]
     channel.settimeout(1)
     with pytest.raises(websocket.WebSocketTimeoutException):
         while True:
-            assert "skein.events" not in str(channel.recv())
+            assert "skein.state" not in str(channel.recv())
     channel.close()
 
 
 def test_many_listeners_share_the_messages_of_a_few(server, prompt):
-    """What sending takes of the server's process does not grow with the listeners, and none misses an event. They only
-    read when the run is over, so that they take nothing of the machine meanwhile."""
+    """What sending takes of the server's process does not grow with the listeners; each sees the end. They only read
+    when the run is over, so that they take nothing of the machine meanwhile."""
     graph = seeded(prompt, 306)
     graph[node_id(graph, SAMPLER)]["inputs"]["steps"] = 24
     channels = [
@@ -177,20 +272,19 @@ def test_many_listeners_share_the_messages_of_a_few(server, prompt):
         channel.close()
     for messages in received:
         assert len(messages) <= 1 + seconds / 2, f"{len(messages)} messages to each in {seconds:.1f} s"
-        numbers = [event["seq"] for message in messages for event in message]
-        assert len(messages) > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        assert len(messages) > 1 and messages == received[0]
+        assert [len(run["calls"]) for run in messages[-1]["runs"]] == [24] and messages[-1]["runs"][0]["ended"]
 
 
 def received_until_the_end(channel):
-    """The events of each message until the one that says that sampling has ended."""
+    """The states until the one in which sampling has ended."""
     messages = []
-    while True:
+    while not messages or messages[-1]["sampling"]["running"]:
         message = channel.recv()
         event = json.loads(message) if isinstance(message, str) else {"type": "binary"}
-        if event["type"] == "skein.events":
-            messages.append(event["data"]["events"])
-            if any(each["kind"] == "sampling" and not each["sampling"]["running"] for each in messages[-1]):
-                return messages
+        if event["type"] == "skein.state":
+            messages.append(event["data"])
+    return messages
 
 
 def test_status_lines_go_to_the_page_that_has_asked_for_the_run(server, prompt):
@@ -215,13 +309,12 @@ def test_telling_costs_microseconds():
         add(Run(), call, [call])
     assert (time.perf_counter() - started) / 1000 < 1e-3
     run.ended = True
-    assert events._pending == []
 
 
 def test_calls_on_two_threads_get_an_index_each(monkeypatch):
     """As ComfyUI's multi-GPU clones call: the second call ends while the first is being told of."""
     told = []
-    monkeypatch.setattr(events, "emit", lambda kind, **data: told.append(data["index"]) if kind == "call" else None)
+    monkeypatch.setattr(report, "_deliver", lambda kind, data: told.append(len(run.calls) - 1))
     run, first_waits, second_ends = Run(), threading.Event(), threading.Event()
 
     def no_times():

@@ -4,6 +4,7 @@ import { card } from "./cards.js";
 import { Curve } from "./curve.js";
 import { h, renew, t, times } from "./dom.js";
 import { estimate } from "./estimate.js";
+import { Progress } from "./progress.js";
 import { SparseSection } from "./sparse.js";
 
 const REDRAW_MS = 500; // between two pictures while a run goes on
@@ -34,6 +35,7 @@ export class Panel {
   end() {
     this.unsubscribe();
     this.curve.end();
+    this.progress.end();
     clearTimeout(this.timer);
     this.element.remove();
   }
@@ -48,6 +50,7 @@ export class Panel {
 
   build() {
     this.curve = new Curve();
+    this.progress = new Progress();
     this.sparseSection = new SparseSection();
     this.banner = h("div", { class: "skein-banner", role: "alert", hidden: true });
     this.select = h("select", {
@@ -118,6 +121,7 @@ export class Panel {
         h(
           "div",
           { class: "skein-main" },
+          this.progress.element,
           h("header", {}, this.select, this.state, this.figures),
           this.empty,
           this.picture,
@@ -139,6 +143,12 @@ export class Panel {
   /** The run that is looked at. */
   get run() {
     return this.store.runs.find((run) => run.id === this.chosen) ?? this.store.runs.at(-1);
+  }
+
+  /** The run of the cache in the sampling that goes on, or was the last. */
+  get newest() {
+    const { runs, sampling } = this.store;
+    return sampling.techniques.includes("cache") && runs.at(-1)?.started >= sampling.started ? runs.at(-1) : undefined;
   }
 
   /** The run under sparse attention that belongs to what is looked at: of the same prompt. */
@@ -164,6 +174,7 @@ export class Panel {
     this.element.dataset.connection = store.connection;
     this.drawBanner();
     this.drawChoice();
+    this.progress.show(store, this.newest);
     const shown = Boolean(run?.calls.length) && !this.withoutCache();
     this.picture.hidden = this.figures.hidden = !shown;
     this.empty.hidden = shown;

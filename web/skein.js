@@ -1,4 +1,4 @@
-// Skein in ComfyUI's page: the bottom panel "Skein", fed by the server's events.
+// Skein in ComfyUI's page: the bottom panel "Skein", fed by the server's messages.
 
 import { app } from "../../scripts/app.js"; // relative: ComfyUI may be served below a path
 import { api } from "../../scripts/api.js";
@@ -7,7 +7,7 @@ import { t, translateBy } from "./dom.js";
 import { Panel } from "./panel.js";
 import { Store } from "./store.js";
 
-const EVENTS = "skein.events";
+const STATE = "skein.state";
 const CACHE_NODE = "SkeinFirstBlockCache";
 const THRESHOLD = "residual_diff_threshold";
 
@@ -29,7 +29,7 @@ function post(path, body) {
 
 let asked = Promise.resolve(); // one question after the other: the last one counts
 
-/** Have the server send its events to this page, or not. They end with a connection, so ask again on a new one. */
+/** Have the server send its state to this page, or not. They end with a connection, so ask again on a new one. */
 function listen(wanted) {
   asked = asked
     .catch(() => {})
@@ -100,7 +100,7 @@ function close() {
   listen(false).catch(() => {}); // a server that is gone sends nothing anyway
 }
 
-/** An event. ComfyUI tells nobody that another tab of the bottom panel has taken the place of this one. */
+/** A message. ComfyUI tells nobody that another tab of the bottom panel has taken the place of this one. */
 function receive({ detail }) {
   if (panel && !panel.element.isConnected) close();
   else store.receive(detail);
@@ -128,7 +128,7 @@ app.registerExtension({
     style.rel = "stylesheet";
     style.href = new URL("./style.css", import.meta.url).href;
     document.head.append(style);
-    api.addEventListener(EVENTS, receive);
+    api.addEventListener(STATE, receive);
     api.addEventListener("reconnecting", () => store.lost());
     api.addEventListener("reconnected", () => panel && store.refresh());
     try {

@@ -1,4 +1,4 @@
-// What the panel knows: the server's status, kept up to date by its events. No page elements here.
+// What the panel knows of the server: its status, then its messages. No page elements here.
 
 const KEPT_RUNS = 16;
 
@@ -8,13 +8,13 @@ export class Store {
     this.readStatus = readStatus; // () => Promise of GET /skein/status
     this.connection = "loading";
     this.error = "";
-    this.seq = 0;
-    this.sampling = { running: false, techniques: [], notes: {}, calls: 0, error: null };
+    this.version = 0;
+    this.behind = 0; // seconds that this machine's clock is behind the server's
+    this.sampling = { running: false, techniques: [], notes: {}, calls: 0, error: null, activity: null };
     this.processes = [];
     this.runs = [];
     this.sparse = []; // runs under sparse attention
     this.listeners = new Set();
-    this.early = []; // events that came while the status was being read
     this.reading = null;
   }
 
@@ -28,12 +28,12 @@ export class Store {
     for (const listener of this.listeners) listener();
   }
 
-  get current() {
-    const last = this.runs.at(-1);
-    return last && !last.ended ? last : null;
+  /** The server's clock, in seconds since the epoch. */
+  get now() {
+    return Date.now() / 1000 + this.behind;
   }
 
-  /** Read everything anew: at the start, after a lost connection, where events are missing. */
+  /** Read everything anew: at the start and after a lost connection. */
   refresh() {
     this.reading ??= this.read().finally(() => (this.reading = null));
     return this.reading;
@@ -41,15 +41,11 @@ export class Store {
 
   async read() {
     try {
-      const { seq, sampling, processes, runs, sparse } = await this.readStatus();
-      Object.assign(this, { seq, sampling, processes, runs, sparse, connection: "ready", error: "" });
+      this.take(await this.readStatus(), true);
+      Object.assign(this, { connection: "ready", error: "" });
     } catch (error) {
-      this.connection = "error";
-      this.error = error.message;
+      Object.assign(this, { connection: "error", error: error.message });
     }
-    const early = this.early.splice(0);
-    this.reading = null;
-    if (this.connection === "ready") this.receive({ events: early });
     this.changed();
   }
 
@@ -58,45 +54,25 @@ export class Store {
     this.changed();
   }
 
-  /** A message of the server. What is not one of its events is left alone. */
+  /** A message of the server. What is not one of its is left alone. */
   receive(message) {
-    const events = Array.isArray(message?.events) ? message.events.filter((e) => Number.isInteger(e?.seq)) : [];
-    if (this.reading) this.early.push(...events);
-    if (this.reading || this.connection !== "ready") return; // the status that is read next holds them
-    const news = events.filter((event) => event.seq > this.seq);
-    for (const event of news) {
-      if (event.seq !== this.seq + 1) {
-        this.refresh(); // some are missing
-        return;
+    const { version, runs, sparse } = message ?? {};
+    if (!Number.isSafeInteger(version) || !Array.isArray(runs) || !Array.isArray(sparse)) return;
+    this.take(message, false);
+    this.changed();
+  }
+
+  /** The state in a message, or all of it, in a status. Messages may have come while a status was read: what is older
+   * than what is known is left out. */
+  take({ version, time, sampling, processes, ...told }, whole) {
+    for (const kind of ["runs", "sparse"]) {
+      const runs = new Map(this[kind].filter((run) => !whole || run.version > version).map((run) => [run.id, run]));
+      for (const run of told[kind]) {
+        if (!(runs.get(run.id)?.version > run.version)) runs.set(run.id, run);
       }
-      this.seq = event.seq;
-      this.apply(event);
+      this[kind] = [...runs.values()].sort((one, other) => one.started - other.started).slice(-KEPT_RUNS);
     }
-    if (news.length) this.changed();
-  }
-
-  apply(event) {
-    const run = this.runs.find((each) => each.id === (event.run?.id ?? event.run));
-    if (event.kind === "sampling") this.sampling = event.sampling;
-    else if (event.kind === "processes") this.processes = event.processes;
-    else if (event.kind === "step") Object.assign(this.sampling, { calls: event.calls, step_ms: event.step_ms });
-    else if (event.kind === "note") this.sampling.notes[event.about] = event.text;
-    else if (event.kind === "sparse") this.applySparse(event.run);
-    else if (event.kind === "run" && run) Object.assign(run, event.run);
-    else if (event.kind === "run") this.runs = [...this.runs, { ...event.run, calls: [] }].slice(-KEPT_RUNS);
-    else if (event.kind === "call" && run) {
-      run.steps = event.steps;
-      run.calls[event.index] = event.call;
-      Object.assign(run, event.sums);
-    }
-    for (const [index, ms] of (run && event.times) || []) if (run.calls[index]) run.calls[index].ms = ms;
-  }
-
-  /** Such a run comes whole, each time. */
-  applySparse(run) {
-    const known = this.sparse.some((each) => each.id === run.id);
-    this.sparse = known
-      ? this.sparse.map((each) => (each.id === run.id ? run : each))
-      : [...this.sparse, run].slice(-KEPT_RUNS);
+    if (version < this.version) return;
+    Object.assign(this, { version, sampling, processes, behind: time - Date.now() / 1000 });
   }
 }

@@ -235,8 +235,14 @@ def test_a_lost_connection_and_a_status_that_fails(browser, ui_server):
         expect(comfy.panel.get_by_text("The connection to ComfyUI is lost")).to_be_hidden(timeout=SLOW)
         assert len(sockets) == 2
 
-        sends = "(data) => app.api.dispatchEvent(new CustomEvent('skein.events', { detail: data }))"
-        for nonsense in (None, 5, {"events": 3}, {"events": [None, {"seq": "x"}, {"seq": 1e308, "kind": "call"}]}):
+        sends = "(data) => app.api.dispatchEvent(new CustomEvent('skein.state', { detail: data }))"
+        for nonsense in (
+            None,
+            5,
+            {"version": "x"},
+            {"version": 1e308, "runs": [], "sparse": []},
+            {"version": 5, "runs": 3},
+        ):
             comfy.page.evaluate(sends, nonsense)
         comfy.wait("document.querySelector('.skein-panel').dataset.connection === 'ready'")
         assert [entry for entry in comfy.complaints() if "500" not in entry[1]] == []

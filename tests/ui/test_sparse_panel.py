@@ -20,14 +20,25 @@ LUMINANCE = """() => [...document.querySelectorAll('.skein-cell')].map((cell) =>
   const [red, green, blue] = pen.getImageData(0, 0, 1, 1).data;
   return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
 })"""
-FOLLOW = """async (events) => {
+FOLLOW = """async (runs) => {
   const { Store } = await import('/extensions/skein/store.js');
-  const store = new Store(async () => ({ seq: 0, sampling: {}, processes: [], runs: [], sparse: [] }));
+  const state = { time: 0, sampling: {}, processes: [], runs: [] };
+  const store = new Store(async () => ({ ...state, version: 0, sparse: [] }));
   await store.refresh();
-  events.forEach((run, index) => store.receive({ events: [{ seq: index + 1, kind: 'sparse', run }] }));
+  runs.forEach((run, index) => store.receive({ ...state, version: index + 1, sparse: [run] }));
   return store.sparse;
 }"""
-TELL = "(data) => app.api.dispatchEvent(new CustomEvent('skein.events', { detail: data }))"
+RACE = """async ([status, messages]) => {
+  const { Store } = await import('/extensions/skein/store.js');
+  let answer;
+  const store = new Store(() => new Promise((done) => (answer = done)));
+  const read = store.refresh();
+  messages.forEach((message) => store.receive(message));
+  answer(status);
+  await read;
+  return [store.version, store.sampling.calls, store.runs];
+}"""
+TELL = "(data) => app.api.dispatchEvent(new CustomEvent('skein.state', { detail: data }))"
 
 
 def recorded():
@@ -80,11 +91,13 @@ class SparsePage(ComfyPage):
     def said(self):
         return self.page.locator(".skein-map-said")
 
-    def tell(self, **event):
-        """An event, as one of the server's."""
-        seq = self.page.evaluate("() => fetch('/skein/status').then((r) => r.json()).then((s) => s.seq)")
-        self.page.evaluate(TELL, {"events": [{"seq": seq + 1 + getattr(self, "told", 0), **event}]})
+    def tell(self, notes=None, sparse=()):
+        """A message, as one of the server's."""
+        state = self.page.evaluate("() => fetch('/skein/status').then((r) => r.json())")
         self.told = getattr(self, "told", 0) + 1
+        sampling = {**state["sampling"], "notes": notes or {}}
+        news = {"runs": [], "sparse": sparse, "version": state["version"] + self.told}
+        self.page.evaluate(TELL, {**state, "sampling": sampling, **news})
 
 
 def test_a_run_without_the_cache_is_followed(browser, ui_server, prompt):
@@ -221,10 +234,10 @@ def test_a_map_of_a_large_model(browser, ui_server, palette):
         comfy.page.set_viewport_size({"width": 1400, "height": 1500})
         comfy.screenshot(f"sparse-{palette}")
         comfy.page.evaluate("() => document.querySelector('.skein-cell').setAttribute('data-first', '')")
-        comfy.tell(kind="note", about="sparse", text="another note")
+        comfy.tell(notes={"sparse": "another note"})
         expect(comfy.page.locator(".skein-notes")).to_contain_text("another note")
         expect(comfy.page.locator(".skein-cell[data-first]")).to_have_count(1)
-        comfy.tell(kind="sparse", run={**sparse_run(10, "new"), "started": large["started"] + 1})
+        comfy.tell(sparse=[{**sparse_run(10, "new"), "started": large["started"] + 1}])
         expect(comfy.page.locator(".skein-cell")).to_have_count(12)
         expect(comfy.page.locator(".skein-cell[data-first]")).to_have_count(0)
         assert comfy.complaints() == []
@@ -264,18 +277,31 @@ def test_odd_runs_are_shown(browser, ui_server):
         expect(text).to_have_text("all attention was dense")
         expect(comfy.page.locator(".skein-chart")).to_have_count(0)
         for each, said, shown in ((dense, "all attention was dense", 0), (long, sentence, 12)):
-            comfy.tell(kind="sparse", run=each)
+            comfy.tell(sparse=[each])
             expect(text).to_have_text(said)
             expect(cells.locator("visible=true")).to_have_count(shown)
             expect(comfy.page.locator(".skein-chart")).to_have_count(2)
-        comfy.tell(kind="sparse", run=uneven)
+        comfy.tell(sparse=[uneven])
         expect(cells).to_have_count(11)
         assert comfy.complaints() == []
 
 
 def test_the_store_replaces_by_id_and_keeps_the_last(browser, ui_server):
-    runs = [{"id": f"run{i}", "calls": []} for i in range(20)]
-    again = {"id": "run5", "calls": [{"step": 0}], "ended": True}
+    runs = [{"id": f"run{i}", "version": i + 1, "started": i, "calls": []} for i in range(20)]
+    again = {**runs[5], "version": 21, "calls": [{"step": 0}], "ended": True}
     with ComfyPage(browser, ui_server) as comfy:
         kept = comfy.page.evaluate(FOLLOW, [*runs, again])
         assert kept == [runs[4], again, *runs[6:]]
+
+
+def test_a_status_that_comes_late_leaves_nothing_older(browser, ui_server):
+    """Messages that came while it was read are newer in what they hold; what they lack is the status's."""
+    old, runs = {"id": "old", "version": 3, "started": 1}, [{"id": "new", "version": v, "started": 2} for v in (5, 8)]
+    state = {"time": 0, "processes": [], "sparse": []}
+    status = {**state, "version": 6, "sampling": {"calls": 6}, "runs": [old, runs[0]]}
+    later = {**state, "version": 8, "sampling": {"calls": 8}, "runs": [runs[1]]}
+    earlier = {**state, "version": 5, "sampling": {"calls": 5}, "runs": [runs[0]]}
+    with ComfyPage(browser, ui_server) as comfy:
+        assert comfy.page.evaluate(RACE, [status, [earlier, later]]) == [8, 8, [old, runs[1]]]
+        assert comfy.page.evaluate(RACE, [status, [earlier]]) == [6, 6, [old, runs[0]]]
+        assert comfy.page.evaluate(RACE, [status, [later, earlier]]) == [8, 8, [old, runs[1]]]
