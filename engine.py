@@ -107,7 +107,11 @@ def _followed(choice: Choice, preset: PresetConfig | None, guider, given: dict) 
     if not plan.techniques or steps < 1:
         yield given.get("callback")
         return
-    job, size = job_of(plan, guider, shape, given["sampler"], world_of(plan)), expected_bytes(plan, patcher, shape)
+    try:
+        job, size = job_of(plan, guider, shape, given["sampler"], world_of(plan)), expected_bytes(plan, patcher, shape)
+    except ValueError:  # a model that Skein does not know; applied() says why not, and what to do
+        yield given.get("callback")
+        return
     say = partial(show, None if preset is None else preset.node_id)
     pace = Pace(job, steps, patcher.load_device, say)
     forecast, chosen = pace.forecast, words(plan)
@@ -116,7 +120,8 @@ def _followed(choice: Choice, preset: PresetConfig | None, guider, given: dict) 
     else:
         live.expect(forecast.seconds, forecast.source, size, steps)
     say(f"{chosen}: {expectation(forecast, size)}")
-    yield pace.around_callback(given.get("callback"))
+    with live.telling_activity(say):
+        yield pace.around_callback(given.get("callback"))
     came = f"{chosen}: {outcome(pace.finish())}"
     logger.info("Skein: %s", came)
     without = [f"Without {conflicts.NAMES[name]}: {why}" for name, why in choice.left_out.items()]

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("skein")
 
 KEPT_TIMES = 200
+# A run is the first of its kind in a process, which compiles; the first of a second size, for which blocks are compiled
+# with sizes as variables; or one of those after them.
+FIRST, SIZE, AGAIN = "first", "size", "again"
+SIZE_PART = 0.25  # of what came before a first run, where it is not known of a second size; it was 0.1 to 0.3
+COMPILED = '"compile"'  # in a job's techniques
+OUTLIER = 2.0
 MEASURED, SCALED = "measured", "scaled"  # the source of a forecast: a run of this size, or of another one
 
 
@@ -48,13 +54,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Time:
-    """What a run took, in seconds. start: until its first step had ended, with loading and compiling. step: each of the
-    other steps. cold: whether it was the first one like it in its process."""
+    """What a run took, in seconds. step: each step. before: all else: loading, and what is compiled and tried once.
+    kind: one of FIRST, SIZE, AGAIN."""
 
     job: Job
-    start: float
+    before: float
     step: float
-    cold: bool
+    kind: str
+
+    @classmethod
+    def of(cls, job: Job, seconds: Sequence[float], kind: str) -> "Time":
+        """Of a run whose steps took so long, the first with all that came before it. A step that took far longer than
+        most, because something was compiled in it, counts as one of those beside it."""
+        rest = sorted(seconds[1:])
+        most = OUTLIER * rest[int(0.75 * (len(rest) - 1))]  # a computed one, unless the cache reuses three quarters
+        usual = [each for each in rest if each <= most]
+        step = sum(usual) / len(usual)
+        return cls(job, max(sum(seconds) - step * len(seconds), 0.0), step, kind)
 
 
 @dataclass(frozen=True)
@@ -96,7 +112,7 @@ class Times:
 
     def __init__(self) -> None:
         self.times: list[Time] = []
-        self._met: list[Job] = []  # jobs of this process, whose blocks are compiled by now
+        self._met: list[Job] = []  # in this process, where blocks are compiled for them by now
         self._read = False
 
     def forecast(self, job: Job, steps: int) -> Forecast | None:
@@ -105,27 +121,37 @@ class Times:
         like = [time for time in self.times if time.job.is_like(job)]
         if not like:
             return None
-        nearest = min(reversed(like), key=lambda time: abs(math.log(time.job.work / job.work)))
-        step = nearest.step * job.work / nearest.job.work
-        cold = self.is_cold(job)
-        starts = [time for time in like if time.cold == cold] or like
-        before = max(starts[-1].start - starts[-1].step, 0.0)  # loading and compiling
-        source = MEASURED if nearest.job.work == job.work else SCALED
-        return Forecast(before + step * steps, step, source)
 
-    def is_cold(self, job: Job) -> bool:
-        """Whether no job like it has run in this process."""
-        return not any(met.is_like(job) for met in self._met)
+        def distance(time: Time) -> tuple[float, bool]:
+            return abs(math.log(time.job.work / job.work)), time.kind != AGAIN
+
+        nearest = min(reversed(like), key=distance)
+        step = nearest.step * job.work / nearest.job.work
+        source = MEASURED if nearest.job.work == job.work else SCALED
+        return Forecast(self._before(job, like) + step * steps, step, source)
+
+    def _before(self, job: Job, like: Sequence[Time]) -> float:
+        kind = self.kind_of(job)
+        known = {time.kind: time.before for time in like}  # of each kind the newest
+        if kind in known:
+            return known[kind]
+        if kind == FIRST:
+            return max(known.values())
+        return SIZE_PART * known.get(FIRST, 0.0) if kind == SIZE and COMPILED in job.techniques else 0.0
+
+    def kind_of(self, job: Job) -> str:
+        """What the next run of a job will be in this process."""
+        met = [each.work for each in self._met if each.is_like(job)]
+        return FIRST if not met else SIZE if job.work not in met and len(set(met)) == 1 else AGAIN
 
     def add(self, job: Job, seconds: Sequence[float]) -> None:
         """Keep what the steps of a finished run took; the first with all that came before it."""
         if len(seconds) < 2:
             return
         self._read_file()
-        step = sum(seconds[1:]) / (len(seconds) - 1)
-        self.times.append(Time(job, seconds[0], step, self.is_cold(job)))
+        self.times.append(Time.of(job, seconds, self.kind_of(job)))
         del self.times[:-KEPT_TIMES]
-        if self.is_cold(job):
+        if job not in self._met:
             self._met.append(job)
         self._write_file()
 

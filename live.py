@@ -46,8 +46,9 @@ class Process:
 class Sampling:
     """The sampling in progress, or the last one. calls: of the model, since it began. step: the one under way, from 0.
 
-    expected_s: how long it takes in all, as was thought before (expected_from: "measured", "first step", or "" for
-    nowhere); expected_end: when it will have ended, in seconds since the epoch, from the steps done once there are two.
+    expected_s: how long it takes in all, as was thought before (expected_from: "measured" or "scaled", as
+    forecast.py has it, or "" for nowhere); expected_end: when it will have ended, in seconds since the epoch, from the
+    steps done once there are two.
     activity: what goes on beside model calls, {"text", "part" (of it done, None: unknown), "since"}; None: nothing.
     """
 
@@ -77,6 +78,7 @@ _own = Process(None, "cpu", pid=os.getpid())
 _workers: list[Process] = []
 _activities: list[dict] = []  # of this process, the innermost last
 _in_workers: list[dict] = []
+_tellers: list[Callable[[str], None]] = []
 _deliver_activity: Callable[[dict | None], None] | None = None  # in a worker
 _last_call = _last_look = 0.0
 _second_step: float | None = None  # when it began, in seconds since the epoch
@@ -173,17 +175,10 @@ def step(call: Any, run: Callable) -> Any:
                 if process.state == RUNNING:
                     process.step_ms = _sampling.step_ms
         _last_call = now
+        _sampling.activity = _activity()
         look()
         _mark()
     return run(call)
-
-
-def expect(seconds: float | None, source: str = "", bytes_: float | None = None, steps: int | None = None) -> None:
-    """STAND-IN until the panel branch is merged."""
-
-
-def at_step(step: int, steps: int) -> None:
-    """STAND-IN until the panel branch is merged."""
 
 
 def look(at_once: bool = False) -> None:
@@ -219,7 +214,7 @@ def at_step(step: int, steps: int) -> None:
 
 def expect(seconds: float | None, source: str = "", bytes_: float | None = None, steps: int | None = None) -> None:
     """How long the sampling in progress takes in all, and the memory, as is thought before. source: "measured" or
-    "first step"."""
+    "scaled" (forecast.py)."""
     with events.lock:
         _sampling.expected_s, _sampling.expected_from, _sampling.expected_bytes = seconds, source, bytes_
         if seconds is not None and _sampling.started is not None:
@@ -262,18 +257,34 @@ def worker_activity(told: dict | None) -> None:
     _show_activity()
 
 
+@contextmanager
+def telling_activity(say: Callable[[str], None]) -> Iterator[None]:
+    """Within: what goes on is said by this too, when it begins."""
+    _tellers.append(say)
+    try:
+        yield
+    finally:
+        _tellers.remove(say)
+
+
 def _activity() -> dict | None:
-    shown = [*_activities, *_in_workers][-1:]
+    """Before a sampling's first call, ComfyUI loads the model: of that nothing else tells."""
+    waiting = [{"text": "Loading the model", "part": None, "since": _sampling.started}]
+    first = waiting if _sampling.running and not _sampling.calls else []
+    shown = [*first, *_activities, *_in_workers][-1:]
     return dict(shown[0]) if shown else None
 
 
 def _show_activity() -> None:
     with events.lock:
-        shown = _activity()
+        shown, before = _activity(), _sampling.activity
         if _deliver_activity is not None:
             return _deliver_activity(shown)
         _sampling.activity = shown
         _mark()
+    if shown is not None and (before is None or before["text"] != shown["text"]):
+        for say in _tellers:
+            say(shown["text"])
 
 
 def begun(run: Run) -> None:

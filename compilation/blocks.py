@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .. import live
 from ..attention import BLOCK_KEY, OTHER_KEY, ROPE_KEY, enter_block, override
 from ..models import (
     OPTIONS,
@@ -104,7 +105,8 @@ class CompiledBlocks:
     def _warm_up(self, run: Callable[[], Any]) -> None:
         self.say("compiling blocks; the first time this takes about half a minute")
         started, graphs = time.perf_counter(), _graphs()
-        run()
+        with live.activity("Compiling the blocks"):
+            run()
         made = _graphs() - graphs
         if not self.failed and not self.patched:
             seconds = time.perf_counter() - started

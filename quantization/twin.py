@@ -8,7 +8,8 @@ all other layers stay patches. The original is unloaded before its weights are r
 import logging
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from typing import TypeVar
 
 import comfy.model_management as memory
 import comfy.utils
@@ -16,11 +17,14 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
+from .. import live
 from ..models import share
 from ..patchers import clone_over, unload
 from .linear import QuantizedLinear
 
 logger = logging.getLogger("skein")
+
+T = TypeVar("T")
 
 
 class Twin:
@@ -64,7 +68,7 @@ class Twin:
         changed = [name for name in self.modes if not _same(_patches(source, name), self.merged[name])]
         if changed:
             unload(source)
-        for name in changed:
+        for name in _told(changed):
             memory.throw_exception_if_processing_interrupted()
             layer = self.model.get_submodule(name)
             assert isinstance(layer, QuantizedLinear)
@@ -84,7 +88,7 @@ class Twin:
         device, offload = source.load_device, source.offload_device
         _make_room(source, self.modes)
         resident = True
-        for name, mode in self.modes.items():
+        for name, mode in _told(self.modes.items()):
             memory.throw_exception_if_processing_interrupted()
             layer = QuantizedLinear(*merged_weights(source, name), mode)
             comfy.utils.set_attr(self.model, name, layer)
@@ -99,6 +103,14 @@ class Twin:
             resident = False
             self.model.to(offload)
         return resident
+
+
+def _told(layers: Collection[T]) -> Iterator[T]:
+    """The layers, and while they are gone through, how far."""
+    with live.activity("Quantizing to FP8") as progress:
+        for done, layer in enumerate(layers):
+            progress(done / len(layers))
+            yield layer
 
 
 def merged_weights(source: ModelPatcher, name: str) -> tuple[Tensor, Tensor | None]:

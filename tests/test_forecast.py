@@ -7,14 +7,13 @@ import torch
 from skein import engine, forecast, live
 from skein.demo.sampling import sample
 from skein.estimate import work_of
-from skein.forecast import MEASURED, SCALED, Job, Times
+from skein.forecast import MEASURED, SCALED, Job, Time, Times
 from skein.models import Network
 from skein.pace import Pace
 from skein.plan import AttentionConfig, CacheConfig
 from skein.units import bytes_text, seconds_text
 
 JOB = Job("1 x card", "network", "{}", "euler", 100.0)
-LARGE = Job("1 x card", "network", "{}", "euler", 200.0)
 
 
 def test_nothing_is_said_of_what_has_not_run():
@@ -28,9 +27,10 @@ def test_a_run_of_the_same_size_is_known():
     """Its first step was with compiling; the next run in this process has compiled blocks."""
     times = Times()
     times.add(JOB, [30.0, 2.0, 2.0, 2.0])
-    times.add(JOB, [3.0, 2.0, 2.0, 2.0])
     known = times.forecast(JOB, 10)
-    assert known.seconds == pytest.approx(1 + 10 * 2) and known.source == MEASURED
+    assert known.seconds == pytest.approx(10 * 2) and known.source == MEASURED
+    times.add(JOB, [3.0, 2.0, 2.0, 2.0])
+    assert times.forecast(JOB, 10).seconds == pytest.approx(1 + 10 * 2)
 
 
 def test_a_new_process_compiles_again():
@@ -42,13 +42,33 @@ def test_a_new_process_compiles_again():
     assert times.forecast(JOB, 10).seconds == pytest.approx(28 + 10 * 2)
 
 
-def test_another_size_is_scaled_by_its_work():
+def test_a_step_in_which_something_is_compiled_is_none_of_the_others():
     times = Times()
-    times.add(JOB, [30.0, 2.0, 2.0])
-    known = times.forecast(LARGE, 10)
-    assert known.step == pytest.approx(4) and known.source == SCALED
-    times.add(LARGE, [9.0, 5.0, 5.0])
-    assert times.forecast(LARGE, 10).step == 5  # measured is better
+    times.add(JOB, [30.0, 2.0, 12.0, 2.0, 2.0])
+    assert times.times[0].step == pytest.approx(2) and times.times[0].before == pytest.approx(38)
+
+
+@pytest.mark.parametrize("reused", [1, 2, 3, 4, 5])
+def test_steps_that_the_cache_has_left_to_compute_are_no_outliers(reused):
+    """Of eight after the first."""
+    seconds = [30.0, *[2.0] * (8 - reused), *[0.1] * reused]
+    assert Time.of(JOB, seconds, "first").step == pytest.approx(sum(seconds[1:]) / 8)
+
+
+def test_another_size_is_scaled_by_its_work_and_compiled_for_once():
+    compiled = {**vars(JOB), "techniques": '{"compile": {}}'}
+    first, second, third = (Job(**{**compiled, "work": work}) for work in (100.0, 200.0, 300.0))
+    times = Times()
+    times.add(first, [30.0, 2.0, 2.0])
+    known = times.forecast(second, 10)
+    assert known.step == pytest.approx(4) and known.source == SCALED and known.seconds == pytest.approx(28 / 4 + 40)
+    times.add(second, [9.0, 5.0, 5.0])
+    assert times.forecast(second, 10).seconds == pytest.approx(50)  # measured is better
+    assert times.forecast(third, 10).seconds == pytest.approx(75)
+    again = Times()
+    again.times = times.times
+    again.add(first, [30.0, 2.0, 2.0])
+    assert again.forecast(second, 10).seconds == pytest.approx(4 + 50)
 
 
 def test_a_run_of_one_step_says_nothing():

@@ -87,7 +87,7 @@ function saved(run) {
 function source({ expected_from: from, step }) {
   if (step !== null && step > 1) return t("Remaining time from the steps so far");
   if (from === "measured") return t("Remaining time from an earlier run like this one");
-  return from === "first step" ? t("Remaining time from the first step") : "";
+  return from === "scaled" ? t("Remaining time from an earlier run of another size") : "";
 }
 
 /** The part of the sampling that is over, by time where its end is expected, else by steps; null: unknown. */

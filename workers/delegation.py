@@ -106,7 +106,8 @@ def _loaded(group: Group, recipe: dict, source: ModelPatcher, plan: Plan, starte
     if model is not None:
         return model
     show(plan.parallel.node_id, f"loading the model in {len(group.pids)} workers")
-    model = models.load(recipe, need_of(source, recipe, plan, "cpu" in devices))
+    with live.activity("Loading the model in the worker processes"):
+        model = models.load(recipe, need_of(source, recipe, plan, "cpu" in devices))
     try:
         require_unchanged(source, "Context Parallel")
     except ValueError:

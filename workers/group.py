@@ -60,13 +60,15 @@ class Group:
             doing = f"waiting for {self.setting.nodes - 1} more machines to join at {self.setting.endpoint}"
             logger.warning("Skein workers: %s; without encryption or a password, so only on networks you trust.", doing)
         ready: set[int] = set()
-        while len(ready) < len(self.setting.devices):
-            with self._ended_by_failure():
-                kind, value, rank = self.conversation.next_message(deadline, doing)
-            if kind == "ready":
-                ready.add(rank)
-                self.pids[rank] = value["pid"]
-                live.workers_changed(rank, pid=value["pid"])
+        with live.activity("Starting the worker processes") as progress:
+            while len(ready) < len(self.setting.devices):
+                with self._ended_by_failure():
+                    kind, value, rank = self.conversation.next_message(deadline, doing)
+                if kind == "ready":
+                    ready.add(rank)
+                    self.pids[rank] = value["pid"]
+                    live.workers_changed(rank, pid=value["pid"])
+                    progress(len(ready) / len(self.setting.devices))
         live.workers_changed(state=live.READY)
 
     def ask(self, kind: str, value: dict) -> Any:

@@ -99,13 +99,22 @@ def test_out_of_memory_is_not_a_reason_to_try_another():
         attend([kernel("cudnn", raising(torch.OutOfMemoryError("full"))), kernel("flash2")])
 
 
-def test_a_named_kernel_that_cannot_run_says_so_and_stock_runs():
-    out, reasons = attend(
-        [kernel("flash3", obstacle="runs on Hopper only"), kernel("flash2")], AttentionConfig("flash3")
-    )
-    assert (out == 7).all() and "runs on Hopper only" in reasons[0]
+def test_a_named_kernel_that_cannot_run_says_so_and_what_auto_would_take_runs():
+    missing = kernel("flash3", obstacle="runs on Hopper only")
+    out, reasons = attend([missing, kernel("flash2")], AttentionConfig("flash3"))
+    assert is_right(out) and "runs on Hopper only" in reasons[0] and reasons[1] == "flash2 of the test runs"
+    out, reasons = attend([missing], AttentionConfig("flash3"))
+    assert (out == 7).all() and "ComfyUI's own attention runs" in reasons[-1]
     out, reasons = attend([kernel("flash2")], AttentionConfig("stock"))
     assert (out == 7).all() and reasons == []
+
+
+def test_a_package_that_this_gpu_would_be_faster_with_is_named():
+    hint = "fa3-fwd is not installed (python -m pip install fa3-fwd)"
+    _, reasons = attend([kernel("flash3", obstacle=hint), kernel("flash2")])
+    assert reasons == ["flash2 of the test runs", f"it can be faster: {hint}"]
+    _, reasons = attend([kernel("flash4", obstacle=hint), kernel("flash3")])
+    assert reasons == ["flash3 of the test runs"]
 
 
 def test_eight_bits_run_only_where_allowed():
@@ -113,7 +122,8 @@ def test_eight_bits_run_only_where_allowed():
     kernels = [kernel("flash2"), rough]
     assert is_right(attend(kernels, exact=False)[0])  # not allowed by the configuration
     allowed = AttentionConfig("sage", allow_8bit=True)
-    assert (attend(kernels, allowed, exact=True)[0] == 7).all()  # not in this step
+    assert is_right(attend(kernels, allowed, exact=True)[0])  # not in this step
+    assert (attend([rough], allowed, exact=True)[0] == 7).all()
     assert torch.allclose(attend(kernels, allowed, exact=False)[0], right(*inputs()) * 1.05, atol=1e-6)
     named = AttentionConfig("flash2", allow_8bit=True)
     assert is_right(attend(kernels, named, exact=False)[0])  # an exact kernel by name has no 8-bit form
