@@ -21,9 +21,7 @@ test:
 quick:
 	@SKEIN_WITHOUT_COMFYUI=1 $(DEV) -m pytest @tests/quick.txt
 lint:
-	@$(DEV) -m ruff check .
-	@$(DEV) -m ruff format --check .
-	@$(DEV) -m mypy
+	@$(DEV) scripts/lint.py
 faults:
 	@SKEIN_ROUNDS=10 $(DEV) -m pytest -m rounds tests/workers
 curve:
