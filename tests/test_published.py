@@ -133,7 +133,7 @@ def test_what_is_for_development_is_not_published(checkout, unpacked):
     assert not {*PUBLISHED} - names
     assert (checkout / "node.zip").stat().st_size < LARGEST
     others = sum((unpacked / name).stat().st_size for name in names if not name.endswith(".safetensors"))
-    assert len(names) < 205 and others < 1.2e6
+    assert len(names) < 300 and others < 3e6
 
 
 def test_what_is_published_runs(unpacked, server, prompt):
