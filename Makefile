@@ -19,7 +19,7 @@ test:
 	@$(PYTHON) scripts/comfy_cli.py >&2
 	@$(DEV) -m pytest
 quick:
-	@SKEIN_WITHOUT_COMFYUI=1 $(DEV) -m pytest @tests/quick.txt
+	@OMP_NUM_THREADS=1 SKEIN_WITHOUT_COMFYUI=1 $(DEV) -m pytest @tests/quick.txt
 lint:
 	@$(DEV) scripts/lint.py
 faults:
