@@ -13,10 +13,27 @@ def load_pack() -> ModuleType:
 
     The rooms are importable one by one; the entry point with the nodes is not run, so that machines which lack what
     only ComfyUI's server needs can use the engine.
-    COMFYUI_PATH names the ComfyUI folder; without a GPU its CPU mode is switched on.
+    COMFYUI_PATH names the ComfyUI folder; without a GPU its CPU mode is switched on. With SKEIN_WITHOUT_COMFYUI
+    (`make quick`) ComfyUI is not made importable, and a module that imports it raises ModuleNotFoundError.
     """
     if "skein" in sys.modules:
         return sys.modules["skein"]
+    if os.environ.get("SKEIN_WITHOUT_COMFYUI"):
+        _package("skein.workers", ROOT / "workers")  # its __init__ imports what only ComfyUI's process uses
+    else:
+        _make_comfyui_importable()
+    return _package("skein", ROOT)
+
+
+def _package(name: str, folder: Path) -> ModuleType:
+    """A package over a folder, without its __init__."""
+    module = ModuleType(name)
+    module.__path__ = [str(folder)]
+    sys.modules[name] = module
+    return module
+
+
+def _make_comfyui_importable() -> None:
     path = os.environ.get("COMFYUI_PATH")
     if not path:
         sys.exit("Run this through `make` or `python3 scripts/dev.py`, or set COMFYUI_PATH to a ComfyUI folder.")
@@ -26,7 +43,3 @@ def load_pack() -> ModuleType:
 
     if not torch.cuda.is_available():
         comfy.cli_args.args.cpu = True  # before anything asks for a device
-    module = ModuleType("skein")
-    module.__path__ = [str(ROOT)]
-    sys.modules["skein"] = module
-    return module
