@@ -45,7 +45,7 @@ def server():
 
 @pytest.fixture(scope="session")
 def demo_model():
-    """The embedded checkpoint, loaded as the stock "Load Diffusion Model" node loads it."""
+    """The embedded checkpoint, loaded as the node "Load Demo Model" loads it."""
     with torch.inference_mode():
         return load_demo_model()
 

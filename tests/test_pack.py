@@ -35,6 +35,7 @@ NODES = [
     "SkeinContextParallel",
     "SkeinReleaseWorkers",
     "SkeinVAEDecodeParallel",
+    "SkeinDemoModel",
     "SkeinDemoPrompt",
     "SkeinLatentVideoPreview",
     "SkeinCacheReport",
