@@ -104,6 +104,12 @@ def test_workflow_is_what_the_generator_makes(name, object_info):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
+def test_a_note_has_no_code_spans(name):
+    """The Vue nodes show them in blue on a blue ground, which cannot be read (tests/ui/test_newcomer.py)."""
+    assert "`" not in (workflows.API / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_workflow_has_a_thumbnail(name):
     with Image.open(workflows.TEMPLATES[name].picture) as image:
         assert image.format == "JPEG"
