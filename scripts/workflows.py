@@ -201,8 +201,8 @@ def make_note(text: str, nodes: list[dict]) -> dict:
         "outputs": [],
         "properties": {},
         "widgets_values": [text],
-        "color": "#222",  # LiteGraph's black: links are hard to read on the brown of a note
-        "bgcolor": "#000",
+        "color": "#2a2a2a",  # links are hard to read on the brown of a note
+        "bgcolor": "#3c3c3c",  # which the light theme makes lighter
     }
 
 

@@ -49,20 +49,23 @@ TITLES = {
       return [node.title, [!node.widgets?.length, Math.max(...inner.map((e) => e.scrollWidth - e.clientWidth)), 0]];
     }))""",
 }
-# tag -> the least contrast of its text with what lies behind it, by the formula of WCAG 2
+# tag -> the least contrast of its text with what lies behind it, by the formula of WCAG 2; on the dark theme, which
+# shows a node in its own colour
 CONTRAST = """() => {
   const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
   const light = (rgb) => {
     const [r, g, b] = rgb.map((v) => v / 255).map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
-  const behind = (element) => { // layers from the page to the text, each over what is below
-    if (!element) return [0, 0, 0];
+  const behind = (element) => { // layers from the node to the text, each over what is below
+    if (element === note.parentElement) return ground;
     const [r, g, b, alpha = 1] = numbers(getComputedStyle(element).backgroundColor);
     return alpha === 1 ? [r, g, b] : behind(element.parentElement).map((v, i) => v + ([r, g, b][i] - v) * alpha);
   };
   const note = [...document.querySelectorAll(".comfy-markdown, .comfy-markdown-content, [data-node-id] .prose")]
     .find((e) => e.innerText.includes("Threshold"));
+  const { bgcolor } = app.graph.nodes.find((node) => node.type === "MarkdownNote");
+  const ground = bgcolor.match(/[0-9a-f]{2}/g).map((pair) => parseInt(pair, 16));
   const found = {};
   for (const element of note.querySelectorAll("h3, p, li, strong, em, a, code")) {
     const pair = [light(behind(element)), light(numbers(getComputedStyle(element).color).slice(0, 3))].sort();
