@@ -16,7 +16,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 Draw = ImageDraw.ImageDraw
 
 
-def font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
