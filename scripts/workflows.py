@@ -29,7 +29,8 @@ class Template:
     """A shipped workflow as the template browser shows it.
 
     title: its file's name without `.json`, which is the card's title. The browser's search finds what begins within
-    the first 33 characters. Without <>:"/\\|?*, which Windows does not allow, and #%, which the page does not encode.
+        the first 33 characters; a card shows about 43. Without <>:"/\\|?*, which Windows does not allow, and #%, which
+        the page does not encode.
     model, task, note, colour: for the drawn picture; a workflow without a model has a picture made elsewhere.
     """
 
@@ -53,16 +54,14 @@ TEMPLATES = {  # by the name of the API prompt
     "hunyuan_video_t2v_fast": Template("Skein - HunyuanVideo fast, text to video", "HunyuanVideo"),
     "hunyuan_video_i2v_fast": Template("Skein - HunyuanVideo fast, image to video", "HunyuanVideo", "image to video"),
     "hunyuan_video_t2v_sparse": Template("Skein - HunyuanVideo fast, sparse attention", "HunyuanVideo"),
-    "hunyuan_video_t2v_lora_fast": Template("Skein - HunyuanVideo LoRA, fast, text to video", "HunyuanVideo"),
-    "hunyuan_video_t2v_24gb": Template("Skein - HunyuanVideo low VRAM, 24 GB card", "HunyuanVideo", note="24 GB"),
-    "hunyuan_video_t2v_cache": Template(
-        "Skein - HunyuanVideo cache only, text to video", "HunyuanVideo", note="cache only"
-    ),
-    "hunyuan_video_t2v_context_parallel": Template("Skein - HunyuanVideo multi GPU, text to video", "HunyuanVideo"),
+    "hunyuan_video_t2v_lora_fast": Template("Skein - HunyuanVideo LoRA, fast", "HunyuanVideo"),
+    "hunyuan_video_t2v_24gb": Template("Skein - HunyuanVideo low VRAM, 24 GB", "HunyuanVideo", note="24 GB"),
+    "hunyuan_video_t2v_cache": Template("Skein - HunyuanVideo cache only", "HunyuanVideo", note="cache only"),
+    "hunyuan_video_t2v_context_parallel": Template("Skein - HunyuanVideo multi GPU", "HunyuanVideo"),
     "hunyuan_video_i2v_context_parallel": Template(
-        "Skein - HunyuanVideo multi GPU, image to video", "HunyuanVideo", "image to video"
+        "Skein - HunyuanVideo multi GPU, I2V", "HunyuanVideo", "image to video"
     ),
-    "hunyuan_video_15_t2v_fast": Template("Skein - HunyuanVideo 1.5 fast, text to video", "HunyuanVideo 1.5"),
+    "hunyuan_video_15_t2v_fast": Template("Skein - HunyuanVideo 1.5 fast", "HunyuanVideo 1.5"),
     "wan22_t2v_fast": Template("Skein - Wan 2.2 14B fast, text to video", "Wan 2.2 14B", colour=WAN),
     "mochi_t2v_fast": Template("Skein - Mochi fast, text to video", "Mochi", colour=MOCHI),
     "flux_dev_fast": Template("Skein - FLUX.1 dev fast, text to image", "FLUX.1 dev", "text to image", colour=FLUX),
