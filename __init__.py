@@ -7,7 +7,7 @@ from . import demo, live, routes
 from .nodes.attention import AttentionNode
 from .nodes.cache import FirstBlockCacheNode
 from .nodes.compile import CompileNode
-from .nodes.demo import DemoPromptNode
+from .nodes.demo import DemoModelNode, DemoPromptNode
 from .nodes.fp8 import FP8QuantizeNode, FP8TextEncoderNode
 from .nodes.parallel import ContextParallelNode, ReleaseWorkersNode
 from .nodes.preview import LatentVideoPreviewNode
@@ -22,7 +22,7 @@ WEB_DIRECTORY = "./web"
 
 class SkeinExtension(ComfyExtension):
     async def on_load(self) -> None:
-        demo.register_model_folder()
+        demo.accept_old_prompts()
         routes.register(release, in_use)
         live.starts_on(comfy.model_management.get_torch_device())
 
@@ -38,6 +38,7 @@ class SkeinExtension(ComfyExtension):
             ContextParallelNode,
             ReleaseWorkersNode,
             VAEDecodeNode,
+            DemoModelNode,
             DemoPromptNode,
             LatentVideoPreviewNode,
             CacheReportNode,

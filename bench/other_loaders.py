@@ -12,6 +12,7 @@ that are wrong.
 import argparse
 import copy
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -132,6 +133,7 @@ def main() -> None:
         write_gguf(Path(folder))
         paths = Path(folder) / "paths.yaml"
         paths.write_text(f"others:\n  custom_nodes: {packs}\n  unet: {folder}\n  unet_gguf: {folder}\n")
+        shutil.copy(MODEL_FOLDER / MODEL_NAME, folder)
         with ComfyServer(comfyui_path(), ("--extra-model-paths-config", str(paths))) as server:
             rows = [row for loader in LOADERS for row in rows_of(server, loader)]
             rows += [row for node in BETWEEN for row in rows_of(server, "UNETLoader", node)]

@@ -20,6 +20,7 @@ from .server import ROOT, ComfyServer, comfyui_path, has_gpu
 from .video import psnr, read_frames
 
 WORKFLOW = ROOT / "workflows" / "api" / "skein_demo.json"
+PICTURE = ROOT / "workflows" / "Skein - Demo, no download, no GPU.jpg"  # of the workflow, in the template browser
 OUT = Path(__file__).parent / "out"
 CACHE_NODE = "SkeinFirstBlockCache"
 
@@ -152,7 +153,7 @@ def main() -> None:
         parallel = parallel_run(server, cached_prompt, options.devices) if options.devices else {}
     stock, cached = read_frames(OUT / "stock.webp"), read_frames(OUT / "cached.webp")
     if options.thumbnail:
-        draw_thumbnail(WORKFLOW.parent.parent / f"{WORKFLOW.stem}.jpg", cached)
+        draw_thumbnail(PICTURE, cached)
     quality = psnr(cached, stock)
     speedup = stock_seconds / cached_seconds
     title = (
@@ -179,12 +180,16 @@ def main() -> None:
 
 
 def draw_thumbnail(path: Path, video: np.ndarray) -> None:
-    """Three frames of a video side by side, as the workflow's picture in ComfyUI's template browser."""
-    from PIL import Image
+    """Four frames of a video, as the workflow's picture in ComfyUI's template browser."""
+    from PIL import Image, ImageDraw, ImageFont
 
-    shown = np.linspace(0, len(video) - 1, 3).round().astype(int)
-    strip = np.concatenate([video[index] for index in shown], axis=1)
-    Image.fromarray((strip * 255).round().astype(np.uint8)).resize((480, 160)).save(path, quality=90)
+    shown = [video[index] for index in np.linspace(0, len(video) - 1, 4).round().astype(int)]
+    square = np.concatenate([np.concatenate(row, axis=1) for row in (shown[:2], shown[2:])])
+    image = Image.fromarray((square * 255).round().astype(np.uint8)).resize((512, 512))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, 436, 512, 512), fill="#181b21")
+    draw.text((256, 474), "Demo: no download, no GPU", "#f2f4f7", ImageFont.load_default(34), anchor="mm")
+    image.save(path, quality=88)
 
 
 def device_name() -> str:

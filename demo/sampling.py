@@ -28,7 +28,7 @@ PROMPTS = (
 
 
 def load_demo_model():
-    """The embedded checkpoint as a ModelPatcher, as the stock "Load Diffusion Model" node loads it."""
+    """The embedded checkpoint as a ModelPatcher, as the node "Load Demo Model" loads it."""
     import comfy.sd
 
     return comfy.sd.load_diffusion_model(str(MODEL_FOLDER / MODEL_NAME))

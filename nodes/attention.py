@@ -14,9 +14,9 @@ class AttentionNode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SkeinAttention",
-            display_name="Attention (Skein)",
+            display_name="Attention, Flash/Sage (Skein)",
             category="Skein",
-            search_aliases=["flash attention", "sage attention", "cudnn", "attention kernel"],
+            search_aliases=["flash attention", "sage attention", "cudnn", "attention kernel", "faster", "speed up"],
             description=(
                 "Runs attention on the fastest exact kernel that this GPU has, and cuts padded text away so that no "
                 "attention mask is needed. The node shows which kernel runs and why."

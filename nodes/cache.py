@@ -19,7 +19,10 @@ class FirstBlockCacheNode(io.ComfyNode):
             node_id="SkeinFirstBlockCache",
             display_name="First-Block Cache (Skein)",
             category="Skein",
-            search_aliases=["first block cache", "FBCache", "TeaCache", "WaveSpeed", "speed up"],
+            search_aliases=[
+                *("first block cache", "FBCache", "TeaCache", "WaveSpeed", "faster", "speed up"),
+                *("HunyuanVideo", "Hunyuan Video", "Wan", "FLUX"),
+            ],
             description=(
                 "Skips most of the model in steps where its first block barely changes, and adds what the skipped "
                 "blocks did in earlier steps instead. Works with every sampler; connect it between the loader and the "

@@ -16,7 +16,7 @@ class CompileNode(io.ComfyNode):
             node_id="SkeinCompile",
             display_name="Compile Blocks (Skein)",
             category="Skein",
-            search_aliases=["torch.compile", "torch compile", "inductor"],
+            search_aliases=["torch.compile", "torch compile", "inductor", "faster", "speed up"],
             description=(
                 "Compiles each kind of transformer block once with torch.compile. The first run takes about half a "
                 "minute longer; later ones, also with other prompts and LoRA strengths, start at once."

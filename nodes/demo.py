@@ -1,8 +1,28 @@
-"""The Demo Prompt node: text conditioning for the embedded demo model."""
+"""Load Demo Model and Demo Prompt: the embedded model, and text conditioning for it."""
 
+import comfy.sd
 from comfy_api.latest import io
 
+from ..demo import LOADER, MODEL_FOLDER, MODEL_NAME
 from ..demo.prompt import PromptEncoder, pad
+
+
+class DemoModelNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=LOADER,
+            display_name="Load Demo Model (Skein)",
+            category="Skein/demo",
+            search_aliases=["demo model", "skein demo"],
+            description="Loads the embedded demo model, a trained miniature HunyuanVideo that runs on a CPU.",
+            inputs=[],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(comfy.sd.load_diffusion_model(str(MODEL_FOLDER / MODEL_NAME)))
 
 
 class DemoPromptNode(io.ComfyNode):
@@ -12,7 +32,7 @@ class DemoPromptNode(io.ComfyNode):
             node_id="SkeinDemoPrompt",
             display_name="Demo Prompt (Skein)",
             category="Skein/demo",
-            search_aliases=["demo model", "skein demo"],
+            search_aliases=["demo prompt", "skein demo"],
             description="Encodes a prompt for the embedded demo model, which knows some 24 words.",
             inputs=[
                 io.String.Input(

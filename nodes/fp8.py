@@ -17,7 +17,7 @@ class FP8QuantizeNode(io.ComfyNode):
             node_id="SkeinFP8Quantize",
             display_name="FP8 Quantize (Skein)",
             category="Skein",
-            search_aliases=["quantize", "8-bit", "float8", "torchao"],
+            search_aliases=["quantize", "8-bit", "float8", "torchao", "low VRAM", "VRAM", "OOM", "out of memory"],
             description=(
                 "Holds the blocks' weights in 8-bit floating point, about half the memory, and multiplies in it, with "
                 "scales that follow the activations. LoRA is merged before the weights are quantized, wherever its "
@@ -56,7 +56,7 @@ class FP8TextEncoderNode(io.ComfyNode):
             node_id="SkeinFP8TextEncoder",
             display_name="FP8 Text Encoder (Skein)",
             category="Skein",
-            search_aliases=["quantize CLIP", "8-bit text encoder", "float8"],
+            search_aliases=["quantize CLIP", "8-bit text encoder", "float8", "low VRAM", "VRAM", "OOM"],
             description=(
                 "Holds the text encoder's Linear weights in 8-bit floating point, about half the memory; it computes "
                 "as before. Connect it between the loader and the text encode nodes."

@@ -18,7 +18,7 @@ class ContextParallelNode(io.ComfyNode):
             node_id="SkeinContextParallel",
             display_name="Context Parallel (Skein)",
             category="Skein",
-            search_aliases=["multi GPU", "multigpu", "ulysses", "ring attention", "xDiT", "distributed"],
+            search_aliases=["multi GPU", "multigpu", "ulysses", "ring attention", "xDiT", "Raylight", "distributed"],
             description=(
                 "Samples on several GPUs at once: worker processes, one a GPU, share each video's tokens. Works with "
                 "every sampler, with previews and interrupts; connect it between the loader and the sampler."

@@ -26,7 +26,7 @@ class CacheReportNode(io.ComfyNode):
             node_id="SkeinCacheReport",
             display_name="Cache Report (Skein)",
             category="Skein",
-            search_aliases=["cache curve", "cache statistics", "residual plot", "speedup", "sparse attention map"],
+            search_aliases=["cache curve", "cache statistics", "residual plot", "sparse attention map"],
             description=(
                 "The run that made a latent, as a picture and as JSON. With First-Block Cache the picture shows the "
                 "change of each model call, the threshold and what was reused; with Sparse Attention alone, how much "

@@ -17,7 +17,7 @@ class SparseAttentionNode(io.ComfyNode):
             node_id="SkeinSparseAttention",
             display_name="Sparse Attention (Skein)",
             category="Skein",
-            search_aliases=["sparse attention", "sol-attn", "SpargeAttn", "radial attention", "faster video"],
+            search_aliases=["sparse attention", "sol-attn", "SpargeAttn", "radial attention", "faster video", "faster"],
             description=(
                 "Leaves out the parts of attention that change its result least, as many as an error that you choose "
                 "allows. It measures that error in every layer while it runs, and the node shows it. For long "

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the shipped workflows `workflows/<name>.json` from the API prompts `workflows/api/<name>.json`.
+"""Make the shipped workflows `workflows/<title>.json` from the API prompts `workflows/api/<name>.json`, with pictures.
 
     python3 scripts/dev.py scripts/workflows.py
 
@@ -10,6 +10,7 @@ supports gives the same files.
 """
 
 import json
+from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,52 @@ API = UI / "api"
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 OPTIONAL_SHAPE = 7  # LiteGraph's number for the hollow circle of an optional input
 NODE_WIDTH, NOTE_SIZE, NOTE_GAP = 320, (420, 440), 60
-THUMBNAIL_SIZE = (400, 225)
-TITLES = {
-    "hunyuan_video_t2v_cache": ("HunyuanVideo", "text to video", "First-Block Cache"),
-    "hunyuan_video_t2v_fast": ("HunyuanVideo", "text to video", "all of Skein"),
-    "hunyuan_video_t2v_sparse": ("HunyuanVideo", "text to video", "Sparse Attention"),
-    "hunyuan_video_t2v_context_parallel": ("HunyuanVideo", "text to video", "Context Parallel"),
-    "hunyuan_video_i2v_cache": ("HunyuanVideo", "image to video", "First-Block Cache"),
-    "flux_dev_fast": ("FLUX.1 dev", "text to image", "all of Skein"),
-    "mochi_t2v_fast": ("Mochi", "text to video", "all of Skein"),
-    "qwen_image_fast": ("Qwen-Image", "text to image", "all of Skein"),
-    "sd35_large_fast": ("SD3.5 large", "text to image", "all of Skein"),
-    "wan22_t2v_fast": ("Wan 2.2 14B", "text to video", "all of Skein"),
+HUNYUAN, WAN, FLUX, SD3, QWEN, MOCHI = "#5ea8e2", "#8f7ff0", "#e58f4c", "#62c38a", "#d976b0", "#d9b44a"
+
+
+@dataclass(frozen=True)
+class Template:
+    """A shipped workflow as the template browser shows it.
+
+    title: its file's name without `.json`, which is the card's title. The browser's search finds what begins within
+        the first 33 characters; a card shows about 43. Without <>:"/\\|?*, which Windows does not allow, and #%, which
+        the page does not encode.
+    model, task, note, colour: for the drawn picture; a workflow without a model has a picture made elsewhere.
+    """
+
+    title: str
+    model: str = ""
+    task: str = "text to video"
+    note: str = ""
+    colour: str = HUNYUAN
+
+    @property
+    def path(self) -> Path:
+        return UI / f"{self.title}.json"
+
+    @property
+    def picture(self) -> Path:
+        return UI / f"{self.title}.jpg"
+
+
+TEMPLATES = {  # by the name of the API prompt
+    "skein_demo": Template("Skein - Demo, no download, no GPU"),  # its picture: make demo, with --thumbnail
+    "hunyuan_video_t2v_fast": Template("Skein - HunyuanVideo fast, text to video", "HunyuanVideo"),
+    "hunyuan_video_i2v_fast": Template("Skein - HunyuanVideo fast, image to video", "HunyuanVideo", "image to video"),
+    "hunyuan_video_t2v_sparse": Template("Skein - HunyuanVideo fast, sparse attention", "HunyuanVideo"),
+    "hunyuan_video_t2v_lora_fast": Template("Skein - HunyuanVideo LoRA, fast", "HunyuanVideo"),
+    "hunyuan_video_t2v_24gb": Template("Skein - HunyuanVideo low VRAM, 24 GB", "HunyuanVideo", note="24 GB"),
+    "hunyuan_video_t2v_cache": Template("Skein - HunyuanVideo cache only", "HunyuanVideo", note="cache only"),
+    "hunyuan_video_t2v_context_parallel": Template("Skein - HunyuanVideo multi GPU", "HunyuanVideo"),
+    "hunyuan_video_i2v_context_parallel": Template(
+        "Skein - HunyuanVideo multi GPU, I2V", "HunyuanVideo", "image to video"
+    ),
+    "hunyuan_video_15_t2v_fast": Template("Skein - HunyuanVideo 1.5 fast", "HunyuanVideo 1.5"),
+    "wan22_t2v_fast": Template("Skein - Wan 2.2 14B fast, text to video", "Wan 2.2 14B", colour=WAN),
+    "mochi_t2v_fast": Template("Skein - Mochi fast, text to video", "Mochi", colour=MOCHI),
+    "flux_dev_fast": Template("Skein - FLUX.1 dev fast, text to image", "FLUX.1 dev", "text to image", colour=FLUX),
+    "sd35_large_fast": Template("Skein - SD3.5 large fast, text to image", "SD3.5 large", "text to image", colour=SD3),
+    "qwen_image_fast": Template("Skein - Qwen-Image fast, text to image", "Qwen-Image", "text to image", colour=QWEN),
 }
 
 
@@ -165,6 +200,8 @@ def make_note(text: str, nodes: list[dict]) -> dict:
         "outputs": [],
         "properties": {},
         "widgets_values": [text],
+        "color": "#2a2a2a",  # links are hard to read on the brown of a note
+        "bgcolor": "#3c3c3c",  # which the light theme makes lighter
     }
 
 
@@ -211,20 +248,9 @@ def build(name: str, object_info: dict) -> dict:
     return make_workflow(json.loads(prompt), note.strip(), object_info)
 
 
-def draw_thumbnail(path: Path, lines: tuple[str, ...]) -> None:
-    """A plain title picture, for workflows whose result cannot be made without the big model."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    image = Image.new("RGB", THUMBNAIL_SIZE, (24, 27, 33))
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((32, 52, 36, 172), fill=(94, 168, 226))
-    for top, size, colour, text in zip((46, 92, 142), (38, 30, 24), ("#f2f4f7", "#c3cad5", "#5ea8e2"), lines):
-        draw.text((56, top), text, font=ImageFont.load_default(size), fill=colour)
-    image.save(path, quality=90)
-
-
 def main() -> None:
     from pack import load_pack
+    from thumbnails import draw_thumbnail
 
     load_pack()
     from skein.demo.server import ComfyServer, comfyui_path
@@ -232,11 +258,12 @@ def main() -> None:
     with ComfyServer(comfyui_path()) as server:
         object_info = server.get("/object_info")
     for name in names():
-        path = UI / f"{name}.json"
-        path.write_text(json.dumps(build(name, object_info), indent=2) + "\n")
-        print(path.relative_to(ROOT))
-        if name in TITLES:
-            draw_thumbnail(path.with_suffix(".jpg"), TITLES[name])
+        template, workflow = TEMPLATES[name], build(name, object_info)
+        template.path.write_text(json.dumps(workflow, indent=2) + "\n")
+        print(template.path.relative_to(ROOT))
+        if template.model:
+            kinds = {node["type"] for node in workflow["nodes"]}
+            draw_thumbnail(template.picture, template.model, template.task, template.note, kinds, template.colour)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def server():
 
 @pytest.fixture(scope="session")
 def demo_model():
-    """The embedded checkpoint, loaded as the stock "Load Diffusion Model" node loads it."""
+    """The embedded checkpoint, loaded as the node "Load Demo Model" loads it."""
     from skein.demo.sampling import load_demo_model
 
     with torch.inference_mode():

@@ -2,10 +2,11 @@
 
 import copy
 
+from skein.demo import LOADER
 from skein.demo.run import node_id, without_cache
 from skein.demo.video import read_frames
 
-CACHE, SAMPLER, LOADER, PROMPT = "SkeinFirstBlockCache", "KSampler", "UNETLoader", "SkeinDemoPrompt"
+CACHE, SAMPLER, STOCK_LOADER, PROMPT = "SkeinFirstBlockCache", "KSampler", "UNETLoader", "SkeinDemoPrompt"
 
 
 def frames(server, graph, on_event=None):
@@ -17,6 +18,13 @@ def seeded(graph, seed):
     """A copy with another seed: ComfyUI answers an unchanged prompt from its own cache."""
     graph = copy.deepcopy(graph)
     graph[node_id(graph, SAMPLER)]["inputs"]["seed"] = seed
+    return graph
+
+
+def load_from_list(graph, name):
+    """Have ComfyUI's own loader take the model from a file of its list; returns the same graph."""
+    inputs = {"unet_name": name, "weight_dtype": "default"}
+    graph[node_id(graph, LOADER)] = {"class_type": STOCK_LOADER, "inputs": inputs}
     return graph
 
 

@@ -36,6 +36,7 @@ NODES = [
     "SkeinContextParallel",
     "SkeinReleaseWorkers",
     "SkeinVAEDecodeParallel",
+    "SkeinDemoModel",
     "SkeinDemoPrompt",
     "SkeinLatentVideoPreview",
     "SkeinCacheReport",

@@ -5,20 +5,27 @@ import threading
 import time
 
 import pytest
-from graphs import CACHE, LOADER, PROMPT, SAMPLER, custom_sampling, frames, seeded
-from skein.demo import MODEL_NAME
+from graphs import CACHE, PROMPT, SAMPLER, STOCK_LOADER, custom_sampling, frames, load_from_list, seeded
+from skein.demo import LOADER, MODEL_NAME
 from skein.demo.run import node_id, without_cache
 from skein.demo.server import PromptError
 from skein.demo.video import read_frames
 from small_models import save_random_hunyuan3d
 
 
-def test_the_pack_is_loaded_and_the_checkpoint_is_listed(server):
+def test_the_pack_is_loaded_and_the_checkpoint_is_not_in_the_list_of_models(server):
     info = server.get("/object_info")
-    assert {CACHE, PROMPT, "SkeinLatentVideoPreview"} <= set(info)
-    loader = info[LOADER]["input"]["required"]["unet_name"]
+    assert {CACHE, LOADER, PROMPT, "SkeinLatentVideoPreview"} <= set(info)
+    loader = info[STOCK_LOADER]["input"]["required"]["unet_name"]
     options = loader[0] if isinstance(loader[0], list) else loader[1]["options"]
-    assert MODEL_NAME in options
+    assert MODEL_NAME not in options
+
+
+def test_a_prompt_that_takes_the_embedded_model_from_the_list_goes_on(server, prompt):
+    """As the demo did before its model had a loader of its own."""
+    before = frames(server, seeded(prompt, 31))
+    old = load_from_list(seeded(prompt, 31), MODEL_NAME)
+    assert (frames(server, old) == before).all()
 
 
 def test_the_demo_workflow_runs_and_its_calls_are_reported(server, prompt):
@@ -75,12 +82,12 @@ def unknown_words(graph, _folder):
 
 def other_architecture(graph, folder):
     save_random_hunyuan3d(folder / "shape.safetensors")
-    graph[node_id(graph, LOADER)]["inputs"]["unet_name"] = "shape.safetensors"
+    load_from_list(graph, "shape.safetensors")
 
 
 def corrupt_checkpoint(graph, folder):
     (folder / "corrupt.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00 not a header")
-    graph[node_id(graph, LOADER)]["inputs"]["unet_name"] = "corrupt.safetensors"
+    load_from_list(graph, "corrupt.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +96,7 @@ def corrupt_checkpoint(graph, folder):
         (unknown_words, "does not know 'dragon', 'flies'"),
         (change(CACHE, start_percent=0.7, end_percent=0.2), "swap the two"),
         (change(CACHE, residual_diff_threshold=7.0), "value_bigger_than_max"),
-        (change(LOADER, unet_name="absent.safetensors"), "value_not_in_list"),
+        (lambda graph, _: load_from_list(graph, "absent.safetensors"), "value_not_in_list"),
         (other_architecture, "does not know the blocks of Hunyuan3Dv2"),
         (corrupt_checkpoint, "header"),
     ],

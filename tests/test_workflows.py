@@ -3,12 +3,13 @@
 import copy
 import importlib.util
 import json
+import re
 import urllib.error
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from skein.demo import MODEL_FOLDER, MODEL_NAME
+from skein.demo import LOADER, MODEL_FOLDER, MODEL_NAME
 from workflow_rules import problems
 
 import workflows
@@ -17,12 +18,17 @@ MODEL, VAE, ONE_ENCODER = ("UNETLoader", "unet_name"), ("VAELoader", "vae_name")
 TWO_ENCODERS = [("DualCLIPLoader", f"clip_name{number}") for number in (1, 2)]
 THREE_ENCODERS = [("TripleCLIPLoader", f"clip_name{number}") for number in (1, 2, 3)]
 TEXT_TO_VIDEO = [MODEL, *TWO_ENCODERS, VAE]
+IMAGE_TO_VIDEO = [*TEXT_TO_VIDEO, ("CLIPVisionLoader", "clip_name"), ("LoadImage", "image")]
 FILES = {  # the inputs that name files which are not on this machine; all nodes are in every ComfyUI since 0.16.3
     "flux_dev_fast": [MODEL, *TWO_ENCODERS, VAE],
-    "hunyuan_video_i2v_cache": [*TEXT_TO_VIDEO, ("CLIPVisionLoader", "clip_name"), ("LoadImage", "image")],
+    "hunyuan_video_15_t2v_fast": TEXT_TO_VIDEO,
+    "hunyuan_video_i2v_context_parallel": IMAGE_TO_VIDEO,
+    "hunyuan_video_i2v_fast": IMAGE_TO_VIDEO,
+    "hunyuan_video_t2v_24gb": TEXT_TO_VIDEO,
     "hunyuan_video_t2v_cache": TEXT_TO_VIDEO,
     "hunyuan_video_t2v_context_parallel": TEXT_TO_VIDEO,
     "hunyuan_video_t2v_fast": TEXT_TO_VIDEO,
+    "hunyuan_video_t2v_lora_fast": [*TEXT_TO_VIDEO, ("LoraLoaderModelOnly", "lora_name")],
     "hunyuan_video_t2v_sparse": TEXT_TO_VIDEO,
     "mochi_t2v_fast": [MODEL, ONE_ENCODER, VAE],
     "qwen_image_fast": [MODEL, ONE_ENCODER, VAE],
@@ -31,6 +37,10 @@ FILES = {  # the inputs that name files which are not on this machine; all nodes
 }
 REFUSALS = {"LoadImage": "custom_validation_failed"}  # what the server says of a missing file, if not: not in the list
 SHIPPED = sorted([*FILES, "skein_demo"])
+LOADERS = ("UNETLoader", "CheckpointLoaderSimple", LOADER)
+SAVES_CALLS = {"SkeinFirstBlockCache", "SkeinSpeedUp"}
+SEARCHED = 33  # characters of a title in which the template browser finds a word: its threshold times its distance
+SHOWN = 43  # characters that a card has room for
 FAST = [name for name in FILES if name.endswith("_fast")]
 
 
@@ -40,7 +50,7 @@ def object_info(server):
 
 
 def shipped(name: str) -> dict:
-    return json.loads((workflows.UI / f"{name}.json").read_text())
+    return json.loads(workflows.TEMPLATES[name].path.read_text())
 
 
 def api_prompt(name: str) -> dict:
@@ -52,8 +62,35 @@ def node_of(workflow: dict, class_type: str) -> dict:
 
 
 def test_every_workflow_is_there_in_both_forms():
-    assert workflows.names() == SHIPPED
-    assert sorted(path.stem for path in workflows.UI.glob("*.json")) == SHIPPED
+    assert workflows.names() == SHIPPED == sorted(workflows.TEMPLATES)
+    titles = sorted(template.title for template in workflows.TEMPLATES.values())
+    assert sorted(path.stem for path in workflows.UI.glob("*.json")) == titles
+    assert sorted(path.stem for path in workflows.UI.glob("*.jpg")) == titles
+    assert sorted(path.stem for path in workflows.API.glob("*.md")) == SHIPPED
+
+
+def test_every_node_of_the_pack_is_in_a_workflow(object_info):
+    used = {node["class_type"] for name in SHIPPED for node in api_prompt(name).values()}
+    assert [node for node in object_info if node.startswith("Skein") and node not in used] == []
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_title_can_be_a_file_and_an_address_and_says_what_it_is(name):
+    """On Windows, too; of the address the page encodes only what a browser does by itself."""
+    template = workflows.TEMPLATES[name]
+    assert re.fullmatch(r"Skein - [\w .,-]*\w", template.title, re.ASCII) and len(template.title) <= SHOWN
+    assert template.model in template.title
+    if name.endswith("_fast"):
+        assert "fast" in template.title[:SEARCHED]
+
+
+@pytest.mark.parametrize(
+    "words", ["skein", "multi gpu", "fast", "low vram", "lora", "hunyuanvideo", "wan", "flux", "demo"]
+)
+def test_a_title_is_found_by_a_search(words):
+    """tests/ui/test_newcomer.py types these into the template browser."""
+    titles = [template.title.lower() for template in workflows.TEMPLATES.values()]
+    assert any(0 <= title.find(words) < SEARCHED for title in titles)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -68,10 +105,16 @@ def test_workflow_is_what_the_generator_makes(name, object_info):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
+def test_a_note_has_no_code_spans(name):
+    """The Vue nodes show them in blue on a blue ground, which cannot be read (tests/ui/test_newcomer.py)."""
+    assert "`" not in (workflows.API / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_workflow_has_a_thumbnail(name):
-    with Image.open(workflows.UI / f"{name}.jpg") as image:
+    with Image.open(workflows.TEMPLATES[name].picture) as image:
         assert image.format == "JPEG"
-        assert 200 <= image.width <= 1024
+        assert image.width == image.height == 512  # the card's picture is square
 
 
 def test_the_bundled_model_is_there():
@@ -96,21 +139,23 @@ def chains(prompt: dict) -> list[list[str]]:
     """The nodes behind each loaded model, one after another, as long as one node alone takes the last one's output."""
     found = []
     for key, node in prompt.items():
-        if node["class_type"] not in ("UNETLoader", "CheckpointLoaderSimple"):
+        if node["class_type"] not in LOADERS:
             continue
         found.append([])
         while len(takers := takers_of_model(prompt, key)) == 1:
             (key,) = takers
-            found[-1].append(prompt[key]["class_type"])
+            if prompt[key]["class_type"] != "LoraLoaderModelOnly":  # which belongs to the model
+                found[-1].append(prompt[key]["class_type"])
     return found
 
 
 def takers_of_model(prompt: dict, key: str) -> list[str]:
-    """The nodes that take a node's first output, but for the preview, which only looks at the latent's format."""
+    """The nodes that take a node's first output, but for those that only ask what model it is."""
+    asking = ("SkeinLatentVideoPreview", "SkeinCacheReport")
     return [
         taker
         for taker, node in prompt.items()
-        if [key, 0] in node["inputs"].values() and node["class_type"] != "SkeinLatentVideoPreview"
+        if [key, 0] in node["inputs"].values() and node["class_type"] not in asking
     ]
 
 
@@ -120,7 +165,7 @@ def test_skein_stands_between_each_loader_and_its_sampler(name):
     found = chains(api_prompt(name))
     assert found
     for chain in found:
-        assert chain and chain[0].startswith("Skein") and "SkeinFirstBlockCache" in chain
+        assert chain and chain[0].startswith("Skein") and SAVES_CALLS & {*chain}
 
 
 @pytest.mark.parametrize("name", FAST)

@@ -16,6 +16,7 @@ DIRECTORIES = {  # where each loader looks; what the server says has only the na
     "TripleCLIPLoader": "text_encoders",
     "VAELoader": "vae",
     "CLIPVisionLoader": "clip_vision",
+    "LoraLoaderModelOnly": "loras",
 }
 
 

@@ -6,6 +6,8 @@ import re
 from pack import ROOT
 from playwright.sync_api import Browser, Page, expect
 
+import workflows
+
 FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -145,7 +147,7 @@ def is_comfyuis_own(text: str, where: str) -> bool:
 
 def demo_workflow(seed: int = 7, steps: int = 12) -> dict:
     """The shipped demo on the canvas, small enough for a CPU under load."""
-    workflow = json.loads((ROOT / "workflows" / "skein_demo.json").read_text())
+    workflow = json.loads(workflows.TEMPLATES["skein_demo"].path.read_text())
     nodes = {node["type"]: node for node in workflow["nodes"]}
     nodes["KSampler"]["widgets_values"][0], nodes["KSampler"]["widgets_values"][2] = seed, steps
     nodes["EmptyHunyuanLatentVideo"]["widgets_values"] = [192, 192, 17, 1]

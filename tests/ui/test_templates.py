@@ -36,7 +36,7 @@ def test_a_template_opens(comfy, name):
     page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = page.get_by_role("dialog")
     dialog.get_by_text("skein", exact=True).click()
-    card = dialog.get_by_test_id(f"template-workflow-{name}")
+    card = dialog.get_by_test_id(f"template-workflow-{workflows.TEMPLATES[name].title}")
     card.scroll_into_view_if_needed()
     picture = card.locator("img").first
     expect(picture).to_be_visible()
@@ -44,7 +44,7 @@ def test_a_template_opens(comfy, name):
     card.locator("img").first.click()
     expect(dialog).to_be_hidden()
 
-    workflow = json.loads((workflows.UI / f"{name}.json").read_text())
+    workflow = json.loads(workflows.TEMPLATES[name].path.read_text())
     page.wait_for_function("(count) => app.graph.nodes.length === count", arg=len(workflow["nodes"]))
     opened = page.evaluate(NODES)
     assert opened["unknown"] == [] and opened["loose"] == 0
@@ -64,7 +64,7 @@ def test_a_template_opens(comfy, name):
 
 def test_a_workflow_with_an_input_that_is_gone_opens_with_its_settings(comfy):
     """Compile's cache_folder was the last of its widgets, whose values are kept by their order."""
-    workflow = json.loads((workflows.UI / "hunyuan_video_t2v_fast.json").read_text())
+    workflow = json.loads(workflows.TEMPLATES["hunyuan_video_t2v_fast"].path.read_text())
     node = next(node for node in workflow["nodes"] if node["type"] == "SkeinCompile")
     node["widgets_values"] = ["max-autotune-no-cudagraphs", "on", False, "/a/folder"]
     comfy.open_workflow(workflow)

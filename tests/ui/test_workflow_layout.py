@@ -46,7 +46,7 @@ def comfy(request, browser, ui_server):
 def open_workflow(comfy, name):
     """Open a workflow, in view as a whole; the rectangles of its nodes."""
     page = comfy.page
-    comfy.open_workflow(json.loads((workflows.UI / f"{name}.json").read_text()))
+    comfy.open_workflow(json.loads(workflows.TEMPLATES[name].path.read_text()))
     page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     if comfy.renderer == VUE:
         page.wait_for_function(DRAWN)
@@ -92,7 +92,7 @@ def height(nodes):
 def test_no_two_nodes_overlap(comfy, name):
     """Neither as the workflow opens nor with advanced inputs shown."""
     nodes = open_workflow(comfy, name)
-    assert len(nodes) == len(json.loads((workflows.UI / f"{name}.json").read_text())["nodes"])
+    assert len(nodes) == len(json.loads(workflows.TEMPLATES[name].path.read_text())["nodes"])
     assert overlapping(nodes) == {}
     advanced = show_advanced(comfy, name)
     assert overlapping(advanced) == {}
