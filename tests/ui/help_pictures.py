@@ -50,6 +50,7 @@ PLACES = {
     "SkeinAttention": Place(said=KERNEL),
     COMPILE: Place(),  # said by a run of the demo model
     "SkeinContextParallel": Place(said=CALLS),
+    "SkeinDemoModel": Place(()),
     "SkeinDemoPrompt": Place(()),
     "SkeinFP8Quantize": Place(said=FP8),
     "SkeinFP8TextEncoder": Place(("DualCLIPLoader",), "CLIPTextEncode"),
