@@ -14,12 +14,12 @@ class AttentionNode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SkeinAttention",
-            display_name="Attention, Flash/Sage (Skein)",
+            display_name="Attention (Skein)",
             category="Skein",
             search_aliases=["flash attention", "sage attention", "cudnn", "attention kernel", "faster", "speed up"],
             description=(
-                "Runs attention on the fastest exact kernel that this GPU has, and cuts padded text away so that no "
-                "attention mask is needed. The node shows which kernel runs and why."
+                "Computes attention with the fastest exact kernel that this GPU has. It also cuts the padding from the "
+                "text, so that no attention mask is needed. The node shows which kernel runs and why."
             ),
             inputs=[
                 io.Model.Input("model", tooltip=KNOWN_MODELS + "."),
@@ -28,19 +28,22 @@ class AttentionNode(io.ComfyNode):
                     options=list(KERNELS),
                     default=DEFAULTS.kernel,
                     optional=True,
-                    tooltip="auto times those that can run and takes the fastest; stock is ComfyUI's own.",
+                    tooltip="auto measures those that can run and takes the fastest. stock is ComfyUI's own attention.",
                 ),
                 io.Boolean.Input(
                     "trim_text",
                     default=DEFAULTS.trim_text,
                     optional=True,
-                    tooltip="Cut padded text tokens and drop their mask. Fast kernels cannot run with a mask.",
+                    tooltip=(
+                        "Cut the padding from the text tokens, so that no attention mask is needed. Fast kernels "
+                        "cannot run with a mask."
+                    ),
                 ),
                 io.Boolean.Input(
                     "allow_8bit",
                     default=DEFAULTS.allow_8bit,
                     optional=True,
-                    tooltip="Also admit kernels that compute in 8 bits: faster, and no longer exact.",
+                    tooltip="auto may also take kernels that compute in 8 bits: faster, but no longer exact.",
                 ),
                 io.Int.Input(
                     "exact_steps",
@@ -48,7 +51,7 @@ class AttentionNode(io.ComfyNode):
                     optional=True,
                     min=0,
                     max=1000,
-                    tooltip="Under allow_8bit: this many first and last steps stay exact.",
+                    tooltip="With allow_8bit: this many steps at the start and at the end are computed exactly.",
                     advanced=True,
                 ),
             ],

@@ -24,9 +24,9 @@ class FirstBlockCacheNode(io.ComfyNode):
                 *("HunyuanVideo", "Hunyuan Video", "Wan", "FLUX"),
             ],
             description=(
-                "Skips most of the model in steps where its first block barely changes, and adds what the skipped "
-                "blocks did in earlier steps instead. Works with every sampler; connect it between the loader and the "
-                "sampler. Needs memory for three hidden states (2.2 GB at 720p x 129 frames; one with predict_order 0)."
+                "Skips most of the model in the steps in which little changes, and predicts what the skipped blocks "
+                "would have added. Works with every sampler; connect it between the loader and the sampler. Needs GPU "
+                "memory for three hidden states (2.2 GB at 720p x 129 frames; 0.7 GB with predict_order 0)."
             ),
             inputs=[
                 io.Model.Input("model", tooltip=KNOWN_MODELS + "."),
@@ -39,15 +39,15 @@ class FirstBlockCacheNode(io.ComfyNode):
                     step=0.005,
                     round=0.0001,
                     tooltip=(
-                        "Higher is faster and further from the original. 0 switches the cache off; -1 takes the "
-                        "model's default, which the node's help lists."
+                        "Higher is faster and changes the result more. 0: the cache is off. -1: the model's default, "
+                        "which the node's help lists."
                     ),
                 ),
                 part_of_sampling(
-                    "start_percent", DEFAULTS.start_percent, "Part of sampling from which steps may be reused."
+                    "start_percent", DEFAULTS.start_percent, "Calls may be reused from this part of sampling on."
                 ),
                 part_of_sampling(
-                    "end_percent", DEFAULTS.end_percent, "Part of sampling after which every step is computed."
+                    "end_percent", DEFAULTS.end_percent, "After this part of sampling every call is computed."
                 ),
                 io.Int.Input(
                     "warmup_steps",
@@ -63,7 +63,7 @@ class FirstBlockCacheNode(io.ComfyNode):
                     optional=True,
                     min=-1,
                     max=1000,
-                    tooltip="Compute again after this many reused calls in a row; -1 for no limit.",
+                    tooltip="After this many reused calls in a row one is computed. -1: no limit.",
                 ),
                 io.Int.Input(
                     "predict_order",
@@ -71,7 +71,9 @@ class FirstBlockCacheNode(io.ComfyNode):
                     optional=True,
                     min=0,
                     max=2,
-                    tooltip="0 reuses the last computed call; 1 and 2 extrapolate from the last two or three.",
+                    tooltip=(
+                        "How many computed calls the prediction uses: 0 the last one, 1 the last two, 2 the last three."
+                    ),
                     advanced=True,
                 ),
                 io.Combo.Input(
@@ -79,14 +81,20 @@ class FirstBlockCacheNode(io.ComfyNode):
                     options=list(PREDICTORS),
                     default=DEFAULTS.predictor,
                     optional=True,
-                    tooltip="How orders 1 and 2 extrapolate: fit to what the first block shows, or taylor over sigma.",
+                    tooltip=(
+                        "How orders 1 and 2 predict: fit matches what the first block shows now, taylor extrapolates "
+                        "over sigma."
+                    ),
                     advanced=True,
                 ),
                 io.Boolean.Input(
                     "accumulate",
                     default=DEFAULTS.accumulate,
                     optional=True,
-                    tooltip="Compare the change summed since the last computed call, not the prediction's error.",
+                    tooltip=(
+                        "Compare the sum of all changes since the last computed call, instead of the prediction's "
+                        "error."
+                    ),
                     advanced=True,
                 ),
             ],

@@ -19,7 +19,7 @@ class CompileNode(io.ComfyNode):
             search_aliases=["torch.compile", "torch compile", "inductor", "faster", "speed up"],
             description=(
                 "Compiles each kind of transformer block once with torch.compile. The first run takes about half a "
-                "minute longer; later ones, also with other prompts and LoRA strengths, start at once."
+                "minute longer; later ones, also with other prompts and LoRA strengths, do not compile again."
             ),
             inputs=[
                 io.Model.Input("model", tooltip=KNOWN_MODELS + "."),
@@ -29,8 +29,8 @@ class CompileNode(io.ComfyNode):
                     default=DEFAULTS.mode,
                     optional=True,
                     tooltip=(
-                        "max-autotune tries more kernels: minutes of compilation for a few percent at most. "
-                        "no-cudagraphs: small blocks are not run as CUDA graphs."
+                        "default is right for almost everyone. max-autotune compiles for minutes and gains a few "
+                        "percent at most. no-cudagraphs switches CUDA graphs off."
                     ),
                 ),
                 io.Combo.Input(
@@ -39,8 +39,8 @@ class CompileNode(io.ComfyNode):
                     default=DEFAULTS.dynamic,
                     optional=True,
                     tooltip=(
-                        "auto: text of any length, and any size after the first change of size. on: any size from the "
-                        "start. off: compiles again for each size and each length of text."
+                        "auto: any length of text; the first change of size compiles once more, later ones do not. "
+                        "on: any size from the start. off: compile again for every size and every length of text."
                     ),
                     advanced=True,
                 ),
@@ -48,7 +48,7 @@ class CompileNode(io.ComfyNode):
                     "warm_up",
                     default=DEFAULTS.warm_up,
                     optional=True,
-                    tooltip="Compile before the first step instead of inside it, with a status line.",
+                    tooltip="Compile before the first step and say so on the node, instead of during the step.",
                     advanced=True,
                 ),
                 # Workflows of version 0.1 have a fourth value, cache_folder: a new widget must not stand here.

@@ -33,7 +33,7 @@ class DemoPromptNode(io.ComfyNode):
             display_name="Demo Prompt (Skein)",
             category="Skein/demo",
             search_aliases=["demo prompt", "skein demo"],
-            description="Encodes a prompt for the embedded demo model, which knows some 24 words.",
+            description="Encodes a prompt for the small demo model of this pack, which knows 24 words.",
             inputs=[
                 io.String.Input(
                     "text",
@@ -45,7 +45,7 @@ class DemoPromptNode(io.ComfyNode):
                     "padded",
                     default=False,
                     optional=True,
-                    tooltip="Pad to 256 tokens with an attention mask, as conditioning from other tools often is.",
+                    tooltip="Pad the text to 256 tokens with an attention mask, as text encoders of other models do.",
                 ),
             ],
             outputs=[io.Conditioning.Output()],

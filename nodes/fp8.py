@@ -19,8 +19,8 @@ class FP8QuantizeNode(io.ComfyNode):
             category="Skein",
             search_aliases=["quantize", "8-bit", "float8", "torchao", "low VRAM", "VRAM", "OOM", "out of memory"],
             description=(
-                "Holds the blocks' weights in 8-bit floating point, about half the memory, and multiplies in it, with "
-                "scales that follow the activations. LoRA is merged before the weights are quantized, wherever its "
+                "Stores the weights of the model's blocks in 8-bit floating point: about half the memory. Newer NVIDIA "
+                "GPUs also compute with them in 8 bits. LoRA is merged before the weights are quantized, wherever its "
                 "node stands. Works with every sampler; connect it between the loader and the sampler."
             ),
             inputs=[
@@ -30,13 +30,18 @@ class FP8QuantizeNode(io.ComfyNode):
                     options=list(FP8_MODES),
                     default=DEFAULTS.mode,
                     optional=True,
-                    tooltip="One scale per tensor or per row (token), or 8-bit storage with exact arithmetic.",
+                    tooltip=(
+                        "per_row: one scale for each row and token, closer to the original. per_tensor: one scale for "
+                        "a whole weight. weight_only: 8-bit storage, 16-bit computation, not faster."
+                    ),
                 ),
                 io.Boolean.Input(
                     "modulation",
                     default=DEFAULTS.modulation,
                     optional=True,
-                    tooltip="Store the modulation layers in FP8 too: a quarter of HunyuanVideo's weights.",
+                    tooltip=(
+                        "Also store the layers that process the timestep in FP8: a quarter of HunyuanVideo's weights."
+                    ),
                     advanced=True,
                 ),
             ],
@@ -58,8 +63,8 @@ class FP8TextEncoderNode(io.ComfyNode):
             category="Skein",
             search_aliases=["quantize CLIP", "8-bit text encoder", "float8", "low VRAM", "VRAM", "OOM"],
             description=(
-                "Holds the text encoder's Linear weights in 8-bit floating point, about half the memory; it computes "
-                "as before. Connect it between the loader and the text encode nodes."
+                "Stores the text encoder's weights in 8-bit floating point: about half the memory. It is not faster. "
+                "Connect it between the loader and the text encode nodes."
             ),
             inputs=[io.Clip.Input("clip", tooltip="Any text encoder.")],
             outputs=[io.Clip.Output()],

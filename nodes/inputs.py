@@ -13,7 +13,7 @@ def part_of_sampling(name: str, default: float, tooltip: str) -> io.Float.Input:
 
 def devices_input(default: str, advanced: bool = False) -> io.String.Input:
     """The devices to compute on, as text."""
-    tooltip = '"all" GPUs, or their numbers: "0,1". "cpu,cpu" for two processes on the CPU.'
+    tooltip = '"all" GPUs, or their numbers, such as "0,1". "cpu,cpu": two processes on the CPU.'
     return io.String.Input("devices", default=default, optional=True, tooltip=tooltip, advanced=advanced)
 
 

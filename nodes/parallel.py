@@ -20,8 +20,8 @@ class ContextParallelNode(io.ComfyNode):
             category="Skein",
             search_aliases=["multi GPU", "multigpu", "ulysses", "ring attention", "xDiT", "Raylight", "distributed"],
             description=(
-                "Samples on several GPUs at once: worker processes, one a GPU, share each video's tokens. Works with "
-                "every sampler, with previews and interrupts; connect it between the loader and the sampler."
+                "Samples on several GPUs at once: one worker process for each GPU computes a part of the video. Works "
+                "with every sampler, with previews and interrupts; connect it between the loader and the sampler."
             ),
             inputs=[
                 io.Model.Input("model", tooltip=f"{KNOWN_MODELS}, from Load Diffusion Model or Load Checkpoint."),
@@ -32,7 +32,7 @@ class ContextParallelNode(io.ComfyNode):
                     optional=True,
                     min=0,
                     max=64,
-                    tooltip="How many devices exchange heads for tokens; the fastest way over NVLink. 0: automatic.",
+                    tooltip="How many devices exchange attention heads; fastest over NVLink. 0: automatic.",
                     advanced=True,
                 ),
                 io.Int.Input(
@@ -41,14 +41,14 @@ class ContextParallelNode(io.ComfyNode):
                     optional=True,
                     min=0,
                     max=64,
-                    tooltip="How many groups of them pass keys and values on in a ring, for slow links. 0: automatic.",
+                    tooltip="How many groups of them pass keys and values on in a ring; for slow links. 0: automatic.",
                     advanced=True,
                 ),
                 io.Boolean.Input(
                     "keep_warm",
                     default=DEFAULTS.keep_warm,
                     optional=True,
-                    tooltip="Keep the workers, with their models in memory, for the next run.",
+                    tooltip="The workers stay for the next run, with the model in memory.",
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -69,10 +69,10 @@ class ReleaseWorkersNode(io.ComfyNode):
             category="Skein",
             search_aliases=["free GPUs", "unload workers", "multi GPU"],
             description=(
-                "Ends the worker processes of Context Parallel when the latent arrives, so that their memory is free "
-                "for what comes after. ComfyUI's own unload does the same (not with --disable-smart-memory)."
+                "Ends the worker processes of Context Parallel when the latent arrives, so that their GPU memory is "
+                "free for what comes after. ComfyUI's Unload Models does the same (not with --disable-smart-memory)."
             ),
-            inputs=[io.Latent.Input("latent", tooltip="The sampled latent; it is passed on.")],
+            inputs=[io.Latent.Input("latent", tooltip="The sampled latent. It is passed on unchanged.")],
             outputs=[io.Latent.Output()],
         )
 

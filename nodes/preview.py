@@ -14,14 +14,14 @@ class LatentVideoPreviewNode(io.ComfyNode):
             category="Skein",
             search_aliases=["latent2rgb", "latent to rgb", "preview without VAE"],
             description=(
-                "Turns a latent video into small RGB frames by the model's own latent-to-RGB factors: a quick look "
-                "without loading a VAE. One frame per latent frame."
+                "Turns a latent video into small RGB frames without a VAE, for a quick look. One frame for each latent "
+                "frame."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="Any model that the latent was made with; gives the factors."),
-                io.Latent.Input(
-                    "samples", tooltip="The latent to look at; of a video, one frame for each of its frames."
+                io.Model.Input(
+                    "model", tooltip="The model that made the latent. It has the factors that turn a latent into RGB."
                 ),
+                io.Latent.Input("samples", tooltip="The latent to look at. Each of its frames becomes one image."),
                 io.Int.Input(
                     "scale",
                     default=1,
@@ -29,7 +29,7 @@ class LatentVideoPreviewNode(io.ComfyNode):
                     max=SCALE[1],
                     optional=True,
                     tooltip=(
-                        "Enlarge each latent pixel to this many pixels; 8 is the size of HunyuanVideo's decoded video "
+                        "Enlarge each latent pixel to this many pixels. 8 is the size of HunyuanVideo's decoded video "
                         "(16 for 1.5)."
                     ),
                 ),

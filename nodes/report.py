@@ -13,7 +13,7 @@ from ..report import runs_of
 
 
 def _side(name: str, default: int, limits: tuple[int, int]) -> io.Int.Input:
-    tooltip = "Of the picture, in pixels."
+    tooltip = f"The picture's {name} in pixels."
     return io.Int.Input(
         name, default=default, min=limits[0], max=limits[1], step=8, tooltip=tooltip, optional=True, advanced=True
     )
@@ -28,15 +28,15 @@ class CacheReportNode(io.ComfyNode):
             category="Skein",
             search_aliases=["cache curve", "cache statistics", "residual plot", "sparse attention map"],
             description=(
-                "The run that made a latent, as a picture and as JSON. With First-Block Cache the picture shows the "
-                "change of each model call, the threshold and what was reused; with Sparse Attention alone, how much "
-                "of its attention each head of each layer has computed."
+                "Draws the run that made a latent, and gives its numbers as JSON. With First-Block Cache the picture "
+                "shows the change of each model call, the threshold and what was reused. With Sparse Attention alone "
+                "it shows how much attention each head of each layer computed."
             ),
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The model that was sampled, with First-Block Cache or Sparse Attention on it."
                 ),
-                io.Latent.Input("latent", tooltip="The sampler's own latent; tells which run is shown."),
+                io.Latent.Input("latent", tooltip="The sampler's own latent. It tells which run is shown."),
                 _side("width", 960, WIDTH),
                 _side("height", 480, HEIGHT),
             ],
@@ -44,7 +44,7 @@ class CacheReportNode(io.ComfyNode):
                 io.Image.Output("picture", tooltip="One RGB image."),
                 io.String.Output(
                     "numbers",
-                    tooltip="JSON: every model call, and the sums of the run; under sparse_attention, what that did.",
+                    tooltip="JSON: each model call and the run's sums; with Sparse Attention also sparse_attention.",
                 ),
             ],
         )

@@ -19,9 +19,9 @@ class SparseAttentionNode(io.ComfyNode):
             category="Skein",
             search_aliases=["sparse attention", "sol-attn", "SpargeAttn", "radial attention", "faster video", "faster"],
             description=(
-                "Leaves out the parts of attention that change its result least, as many as an error that you choose "
+                "Skips the parts of attention that change its result least, as many as an error that you choose "
                 "allows. It measures that error in every layer while it runs, and the node shows it. For long "
-                "sequences, such as 720p video; short ones stay dense."
+                "sequences, such as 720p video; short ones are computed in full (dense)."
             ),
             inputs=[
                 io.Model.Input("model", tooltip=KNOWN_MODELS + "."),
@@ -34,17 +34,17 @@ class SparseAttentionNode(io.ComfyNode):
                     step=0.01,
                     round=0.0001,
                     tooltip=(
-                        "The relative error of a layer's attention that you accept. Low 0.05: hardly a pixel changes; "
-                        "middle 0.1; high 0.2: fastest, small details change. 0 switches sparse attention off."
+                        "The relative error of a layer's attention that you accept. 0.05: hardly a pixel changes. 0.1: "
+                        "the default. 0.2: fastest, small details change. 0: off."
                     ),
                 ),
                 part_of_sampling(
                     "start_percent",
                     DEFAULTS.start_percent,
-                    "Part of sampling from which attention is sparse. The first steps decide the composition.",
+                    "Attention is sparse from this part of sampling on. The first steps decide the composition.",
                 ),
                 part_of_sampling(
-                    "end_percent", DEFAULTS.end_percent, "Part of sampling after which attention is dense again."
+                    "end_percent", DEFAULTS.end_percent, "After this part of sampling attention is dense again."
                 ),
                 io.Combo.Input(
                     "rule",
@@ -52,8 +52,8 @@ class SparseAttentionNode(io.ComfyNode):
                     default=DEFAULTS.rule,
                     optional=True,
                     tooltip=(
-                        "max_error computes as little as that error allows; density computes a fixed share of "
-                        "attention; tau computes the blocks that score so many standard deviations above the mean."
+                        "max_error: skip as much as that error allows. density: compute a fixed share in every layer. "
+                        "tau: compute the parts that score this many standard deviations above the mean."
                     ),
                     advanced=True,
                 ),
@@ -64,7 +64,7 @@ class SparseAttentionNode(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="Under rule density: the share of attention that is computed in every layer.",
+                    tooltip="With rule density: the share of attention that is computed in every layer.",
                     advanced=True,
                 ),
                 io.Float.Input(
@@ -74,14 +74,14 @@ class SparseAttentionNode(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.1,
-                    tooltip="Under rule tau: standard deviations. Higher is faster and further from the original.",
+                    tooltip="With rule tau: standard deviations. Higher is faster and changes the result more.",
                     advanced=True,
                 ),
                 io.String.Input(
                     "dense_blocks",
                     default=DEFAULTS.dense_blocks,
                     optional=True,
-                    tooltip='Numbers of the model\'s blocks that stay dense, such as "0-2, -1"; -1 is the last one.',
+                    tooltip='Numbers of the model\'s blocks that stay dense, such as "0-2, -1". -1 is the last block.',
                     advanced=True,
                 ),
                 io.Int.Input(
@@ -91,8 +91,8 @@ class SparseAttentionNode(io.ComfyNode):
                     min=0,
                     max=10_000_000,
                     tooltip=(
-                        "Sequences shorter than this stay dense. 0 measures on your GPU where sparse attention is "
-                        "faster; with any other number it runs without asking."
+                        "Sequences with fewer tokens stay dense. 0: the node measures whether sparse attention is "
+                        "faster on your GPU. Any other number is used without measuring."
                     ),
                     advanced=True,
                 ),
@@ -100,7 +100,7 @@ class SparseAttentionNode(io.ComfyNode):
                     "tail",
                     default=DEFAULTS.tail,
                     optional=True,
-                    tooltip="What is left out still counts, as one mean for each block: a smaller error.",
+                    tooltip="Each skipped part still counts with its mean: a smaller error.",
                     advanced=True,
                 ),
             ],

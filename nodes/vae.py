@@ -24,24 +24,26 @@ class VAEDecodeNode(io.ComfyNode):
             category="Skein",
             search_aliases=["decode", "decode latent", "multi GPU", "tiled VAE", "latent to image"],
             description=(
-                "Decodes a latent on all GPUs at once, to the same pixels as one: each decodes a strip of the frame. "
-                "On one GPU it is VAE Decode with faster norms and attention, a progress bar and an interrupt."
+                "Decodes a latent on all GPUs at once: each decodes a strip of the frame, to the same pixels as one "
+                "GPU. On one GPU it is VAE Decode with faster layers, a progress bar and an interrupt."
             ),
             inputs=[
                 io.Latent.Input("samples", tooltip="The latent to decode.", lazy=True),  # see check_lazy_status
-                io.Vae.Input("vae", tooltip="The VAE of HunyuanVideo, HunyuanVideo 1.5 or Wan; others share tiles."),
+                io.Vae.Input(
+                    "vae", tooltip="Of HunyuanVideo, HunyuanVideo 1.5 or Wan. With other video VAEs GPUs share tiles."
+                ),
                 io.Combo.Input(
                     "mode",
                     options=list(DECODE_MODES),
                     default=DEFAULTS.mode,
                     optional=True,
-                    tooltip="whole: exact. tiled: less memory, and seams are blended. auto: whole where it fits.",
+                    tooltip="whole: the same pixels as VAE Decode. tiled: less memory. auto: whole if it fits.",
                 ),
                 devices_input(DEFAULTS.devices),
                 _size("tile_size", 64, 32, "Side of a tile, in pixels."),
-                _size("overlap", 0, 32, "What neighbouring tiles share, in pixels."),
-                _size("temporal_size", 8, 4, "Frames of a tile."),
-                _size("temporal_overlap", 4, 4, "Frames that tiles share in time."),
+                _size("overlap", 0, 32, "Pixels that neighbouring tiles share."),
+                _size("temporal_size", 8, 4, "Frames in a tile."),
+                _size("temporal_overlap", 4, 4, "Frames that neighbouring tiles share."),
             ],
             outputs=[io.Image.Output()],
             hidden=[io.Hidden.unique_id],

@@ -7,7 +7,9 @@ import pytest
 from pack import ROOT
 
 import locales
+import workflows
 
+HELP = ROOT / "web" / "docs"
 LANGUAGES = sorted(folder.name for folder in locales.LOCALES.iterdir())
 PANEL_TEXT = re.compile(r'\bt\(\s*"([^"]*)"')
 
@@ -49,6 +51,20 @@ def test_every_node_input_and_output_is_translated(texts, language, server):
     assert shape(ours) == shape(texts)
     served = server.get("/i18n")[language]["nodeDefs"]
     assert {name: served[name] for name in ours} == ours
+
+
+def test_help_names_every_widget_of_a_node(texts, server):
+    """By the name that the node shows in the page's language; the Chinese page has the English name beside it."""
+    chinese = json.loads((locales.LOCALES / "zh" / "nodeDefs.json").read_text())
+    definitions = server.get("/object_info")
+    for node in texts:
+        here, there = ((HELP / file).read_text() for file in (f"{node}.md", f"{node}/zh.md"))
+        assert here.startswith(f"# {texts[node]['display_name']}\n"), node
+        assert there.startswith(f"# {chinese[node]['display_name']}\n"), node
+        for name, (kind, options, _) in workflows.inputs_of(definitions[node]).items():
+            if workflows.is_widget(kind, options):
+                assert f"**{name}**" in here, f"{node}.{name}"
+                assert name in there and f"**{chinese[node]['inputs'][name]['name']}**" in there, f"{node}.{name}"
 
 
 def test_every_text_of_the_panel_is_translated(server):

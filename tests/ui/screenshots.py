@@ -20,27 +20,16 @@ load_pack()
 
 from browser import MISSING, find  # noqa: E402
 from comfy_page import FLAGS, ComfyPage, demo_workflow  # noqa: E402
+from help_pictures import SCALE, draw_help  # noqa: E402
 from PIL import Image  # noqa: E402
 from playwright.sync_api import Browser, sync_playwright  # noqa: E402
 from skein.demo.run import WORKFLOW  # noqa: E402
 from skein.demo.server import ComfyServer, comfyui_path  # noqa: E402
-from skein.picture import draw_run  # noqa: E402
-from skein.runs import Call, Run  # noqa: E402
 from test_workers import sampling  # noqa: E402
 
 VUE = {"Comfy.VueNodes.Enabled": True, "Comfy.Minimap.Visible": False}
+PLAIN = {"Comfy.NodeBadge.NodeSourceBadgeMode": "None"}
 HELP = ROOT / "web" / "docs"
-OF_A_RUN = ("SkeinFirstBlockCache", "SkeinCacheReport")  # their help pages show a run, not the node
-ADD_NODE = """(type) => {
-  for (const old of [...app.graph.nodes]) app.graph.remove(old);
-  const node = LiteGraph.createNode(type);
-  node.pos = [500, 300];
-  app.graph.add(node);
-  app.canvas.ds.scale = 1;
-  app.canvas.ds.offset = [0, 0];
-  app.canvas.setDirty(true, true);
-  return node.id;
-}"""
 SHOW_CACHE = """() => {
   app.canvas.ds.scale = 0.62;
   app.canvas.ds.offset = [-100, 130];
@@ -55,8 +44,8 @@ def save(picture: bytes | Image.Image, path: Path) -> None:
     print(path.relative_to(ROOT), path.stat().st_size)
 
 
-def draw_panel(comfy: ComfyPage, server: ComfyServer) -> None:
-    """The panel in the middle of a run, the slider on a finished one, and the cache's help and report."""
+def draw_panel(comfy: ComfyPage) -> None:
+    """The panel in the middle of a run."""
     comfy.open_workflow(demo_workflow(steps=24))
     comfy.page.evaluate(SHOW_CACHE)
     comfy.open_panel()
@@ -64,10 +53,6 @@ def draw_panel(comfy: ComfyPage, server: ComfyServer) -> None:
     comfy.wait_for_points(15)
     save(comfy.page.screenshot(), ROOT / "docs" / "panel.png")
     comfy.wait_for_state("finished")
-    run = comfy.status()["runs"][-1]
-    save(comfy.page.locator(".skein-main").screenshot(), HELP / "SkeinFirstBlockCache.png")
-    drawn = Run([Call(**call) for call in run["calls"]], limit=run["limit"], accumulate=run["accumulate"])
-    save(draw_run(drawn), HELP / "SkeinCacheReport.png")
 
 
 def draw_slider(comfy: ComfyPage) -> None:
@@ -92,19 +77,9 @@ def draw_workers(comfy: ComfyPage, server: ComfyServer) -> None:
     server.interrupt()
 
 
-def draw_nodes(comfy: ComfyPage, names: list[str]) -> None:
-    """Each node as it stands on the canvas."""
-    for name in names:
-        number = comfy.page.evaluate(ADD_NODE, name)
-        node = comfy.page.locator(f"[data-node-id='{number}']")
-        node.wait_for()
-        comfy.page.mouse.move(900, 700)
-        save(node.screenshot(), HELP / f"{name}.png")
-
-
 def draw_runs(browser: Browser, server: ComfyServer) -> None:
     with ComfyPage(browser, server, VUE) as comfy:
-        draw_panel(comfy, server)
+        draw_panel(comfy)
     with ComfyPage(browser, server, {**VUE, "Comfy.ColorPalette": "light"}) as comfy:
         draw_slider(comfy)
     with ComfyPage(browser, server, VUE) as comfy:
@@ -115,12 +90,13 @@ def main(names: list[str]) -> None:
     """names: of the nodes whose pictures are renewed; none: all pictures."""
     path = find() or sys.exit(MISSING)
     with ComfyServer(comfyui_path()) as server, sync_playwright() as playwright:
-        own = sorted(name for name in server.get("/object_info") if name.startswith("Skein") and name not in OF_A_RUN)
+        own = sorted(name for name in server.get("/object_info") if name.startswith("Skein"))
         if unknown := sorted({*names} - {*own}):
-            sys.exit(f"There is no picture of {', '.join(unknown)} as a node; these have one: {', '.join(own)}.")
+            sys.exit(f"There is no node called {', '.join(unknown)}; these have a help picture: {', '.join(own)}.")
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        with ComfyPage(browser, server, VUE) as comfy:
-            draw_nodes(comfy, names or own)
+        with ComfyPage(browser, server, {**VUE, **PLAIN}, device_scale_factor=SCALE) as comfy:
+            for name, picture in draw_help(comfy, server, names or own).items():
+                save(picture, HELP / f"{name}.png")
         if not names:
             draw_runs(browser, server)
         browser.close()
