@@ -51,6 +51,7 @@ class Template:
 
 TEMPLATES = {  # by the name of the API prompt
     "skein_demo": Template("Skein - Demo, no download, no GPU"),  # its picture: make demo, with --thumbnail
+    "hunyuan_video_t2v_speed_up": Template("Skein - HunyuanVideo speed up, one node", "HunyuanVideo"),
     "hunyuan_video_t2v_fast": Template("Skein - HunyuanVideo fast, text to video", "HunyuanVideo"),
     "hunyuan_video_i2v_fast": Template("Skein - HunyuanVideo fast, image to video", "HunyuanVideo", "image to video"),
     "hunyuan_video_t2v_sparse": Template("Skein - HunyuanVideo fast, sparse attention", "HunyuanVideo"),
