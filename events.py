@@ -20,7 +20,7 @@ from . import host
 STATE = "skein.state"  # the type of the message
 INTERVAL = 0.15  # seconds between two messages to a listener, at least
 ALL_INTERVAL = 0.005  # for each listener: sending needs Python's lock, for which the sampling thread would wait
-PAUSE = 50  # times as long as it took to make a message until the next one
+PAUSE = 150  # times as long as it took to make a message until the next one: to encode it takes three times that
 
 lock = threading.RLock()  # holds the state and its version together; for live.py, which changes it
 # Client id -> its connection when it asked. Weak: a client that has left is forgotten with its connection.

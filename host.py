@@ -2,8 +2,21 @@
 
 import re
 import sys
+import uuid
+from collections.abc import MutableMapping
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
+
+METADATA_KEY = "skein_metadata"  # in a prompt's extra_data: the key of its metadata
+
+
+class _Metadata(dict):
+    """What a client wants to have written into what its prompt saves; a dict that can be referred to weakly."""
+
+
+# ComfyUI hands the prompt's own metadata to nodes that save, others see a copy: so it is noted when a prompt comes.
+_metadata: MutableMapping[str, _Metadata] = WeakValueDictionary()
 
 
 def server() -> Any:
@@ -12,19 +25,44 @@ def server() -> Any:
     return getattr(getattr(module, "PromptServer", None), "instance", None)
 
 
-def executing() -> tuple[str | None, str | None]:
-    """The ids of the prompt that the calling thread executes and of the workflow that it was made from; None where
-    there is none. A program sends prompts without a workflow."""
+def executing() -> tuple[str | None, str | None, str | None]:
+    """The ids of the prompt that the calling thread executes, of the workflow that it was made from, and of the node;
+    None where there is none. A program sends prompts without a workflow."""
     execution = sys.modules.get("comfy_execution.utils")
     context = execution.get_executing_context() if execution else None
     instance = server()
     if context is None or instance is None:
-        return None, None
+        return None, None, None
+    return context.prompt_id, _workflow_id(_extra_data(instance, context.prompt_id)), context.node_id
+
+
+def keep_metadata(asked: dict) -> dict:
+    """For add_to_metadata: a handler of the prompts that the server is sent."""
+    extra_data: Any = asked.get("extra_data")
+    metadata = extra_data.get("extra_pnginfo") if isinstance(extra_data, dict) else None
+    if isinstance(metadata, dict):
+        key = uuid.uuid4().hex
+        extra_data["extra_pnginfo"] = _metadata[key] = _Metadata(metadata)
+        extra_data[METADATA_KEY] = key
+    return asked
+
+
+def add_to_metadata(key: str, value: Any) -> None:
+    """Have nodes that save what the running prompt makes write this too: to a list under the key, beside the workflow.
+    A program that has sent no metadata gets none."""
+    prompt_id, *_ = executing()
+    if prompt_id is None:
+        return
+    metadata = _metadata.get(str(_extra_data(server(), prompt_id).get(METADATA_KEY)))
+    if metadata is not None:
+        metadata[key] = [*metadata.get(key, []), value]
+
+
+def _extra_data(instance: Any, prompt_id: str) -> dict:
+    """What a client has sent with a prompt that runs."""
     running, _ = instance.prompt_queue.get_current_queue_volatile()
-    for _, prompt_id, _, extra_data, *_ in running:
-        if prompt_id == context.prompt_id:
-            return prompt_id, _workflow_id(extra_data)
-    return context.prompt_id, None
+    found = (extra_data for _, each, _, extra_data, *_ in running if each == prompt_id)
+    return next((each for each in found if isinstance(each, dict)), {})
 
 
 def _workflow_id(extra_data: Any) -> str | None:

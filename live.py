@@ -8,17 +8,18 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from . import devices, events, host
+from .activities import Activities, Progress
 from .runs import Run
 from .sparse_runs import SparseRun
 
-KEPT_RUNS = 16
+KEPT_RUNS = 50
 LOOK_SECONDS = 1.0  # between two looks at memory and utilisation
 TEXT_LENGTH = 600  # of an error: a message is small
 
@@ -56,6 +57,7 @@ class Sampling:
     techniques: list[str] = field(default_factory=list)
     prompt_id: str | None = None
     workflow_id: str | None = None
+    node_id: str | None = None  # of the sampler
     started: float | None = None  # seconds since the epoch
     calls: int = 0
     step_ms: float | None = None  # from the beginning of a call to that of the next
@@ -76,12 +78,21 @@ _sparse_runs: deque[SparseRun] = deque(maxlen=KEPT_RUNS)
 _sampling = Sampling()
 _own = Process(None, "cpu", pid=os.getpid())
 _workers: list[Process] = []
-_activities: list[dict] = []  # of this process, the innermost last
-_in_workers: list[dict] = []
+_keep: Callable[[Run | SparseRun], None] | None = None
+_activities = Activities(lambda shown: _show_activity(shown))
+_loading = ExitStack()  # the activity before a sampling's first call
 _tellers: list[Callable[[str], None]] = []
-_deliver_activity: Callable[[dict | None], None] | None = None  # in a worker
 _last_call = _last_look = 0.0
 _second_step: float | None = None  # when it began, in seconds since the epoch
+
+
+def keep_runs(kept: Sequence[Run | SparseRun], keep: Callable[[Run | SparseRun], None]) -> None:
+    """Begin with runs that were kept before ComfyUI was started, and hand on each that ends."""
+    global _keep
+    with events.lock:
+        _runs.extend(run for run in kept if isinstance(run, Run))
+        _sparse_runs.extend(run for run in kept if isinstance(run, SparseRun))
+        _keep = keep
 
 
 def starts_on(device: torch.device) -> None:
@@ -110,6 +121,9 @@ def _news(since: int) -> dict:
 def _mark(*changed: Run | SparseRun) -> None:
     """Something has changed: also these runs."""
     events.changed(_news, *changed)
+    for run in changed:
+        if _keep is not None and run.ended and run.calls:
+            _keep(run)
 
 
 def runs() -> list[Run]:
@@ -129,8 +143,8 @@ def sampling(techniques: Sequence[str], device: torch.device) -> Iterator[None]:
     with events.lock:
         _last_call, _second_step = 0.0, None
         _sampling = Sampling(True, list(techniques), *host.executing(), started=time.time())
-        _sampling.activity = _activity()
         _own.device, _own.state = str(device), RUNNING
+        _loading.enter_context(_activities.within("Loading the model"))  # until the first call; nothing else tells of it
         look(at_once=True)
         _mark()
     error: str | None = None
@@ -146,10 +160,26 @@ def sampling(techniques: Sequence[str], device: torch.device) -> Iterator[None]:
                 if process.state in (LOADING, RUNNING):  # workers too
                     process.state = READY
             _give_up(error)
-            _in_workers.clear()  # an interrupt is not told to them
-            _sampling.activity = _activity()
+            _loading.close()
+            _activities.in_workers(None)  # an interrupt is not told to them
             look(at_once=True)
             _mark()
+            if error is None and _sampling.techniques:
+                host.add_to_metadata("skein", _sums())
+
+
+def _sums() -> dict:
+    """What the sampling that ends did, for the metadata of what comes of it."""
+    start = _sampling.started or 0.0
+    run = next((run for run in reversed(_runs) if run.started >= start and run.calls), None)
+    sparse = next((run for run in reversed(_sparse_runs) if run.started >= start), None)
+    return {
+        "techniques": _sampling.techniques,
+        "seconds": round(time.time() - start, 2),
+        "calls": _sampling.calls,
+        "cache": None if run is None else {"threshold": run.calls[0].threshold, **run.sums()},
+        "sparse_attention": None if sparse is None else sparse.sums(),
+    }
 
 
 def _give_up(error: str | None) -> None:
@@ -175,7 +205,7 @@ def step(call: Any, run: Callable) -> Any:
                 if process.state == RUNNING:
                     process.step_ms = _sampling.step_ms
         _last_call = now
-        _sampling.activity = _activity()
+        _loading.close()
         look()
         _mark()
     return run(call)
@@ -224,37 +254,22 @@ def expect(seconds: float | None, source: str = "", bytes_: float | None = None,
         _mark()
 
 
-@contextmanager
-def activity(text: str) -> Iterator[Callable]:
+def activity(text: str) -> AbstractContextManager[Progress]:
     """Within: something goes on that is no model call, and is waited for. Of several the innermost is shown.
 
-    Yields progress(part, text=None), which says how much of it is done (0 to 1, None: unknown), and what goes on now.
+    Gives progress(part, text=None), which says how much of it is done (0 to 1, None: unknown), and what goes on now.
     """
-    own = {"text": text[:TEXT_LENGTH], "part": None, "since": time.time()}
-
-    def progress(part: float | None, text: str | None = None) -> None:
-        own.update(part=part, text=own["text"] if text is None else text[:TEXT_LENGTH])
-        _show_activity()
-
-    _activities.append(own)
-    _show_activity()
-    try:
-        yield progress
-    finally:
-        _activities[:] = [each for each in _activities if each is not own]
-        _show_activity()
+    return _activities.within(text)
 
 
 def deliver_activity(send: Callable[[dict | None], None]) -> None:
     """From now on hand what goes on in this process, a worker, to ComfyUI's."""
-    global _deliver_activity
-    _deliver_activity = send
+    _activities.changed = send
 
 
 def worker_activity(told: dict | None) -> None:
-    """What goes on in the workers; it is shown before what waits for it here."""
-    _in_workers[:] = [told] if told is not None else []
-    _show_activity()
+    """What goes on in the workers."""
+    _activities.in_workers(told)
 
 
 @contextmanager
@@ -267,20 +282,9 @@ def telling_activity(say: Callable[[str], None]) -> Iterator[None]:
         _tellers.remove(say)
 
 
-def _activity() -> dict | None:
-    """Before a sampling's first call, ComfyUI loads the model: of that nothing else tells."""
-    waiting = [{"text": "Loading the model", "part": None, "since": _sampling.started}]
-    first = waiting if _sampling.running and not _sampling.calls else []
-    shown = [*first, *_activities, *_in_workers][-1:]
-    return dict(shown[0]) if shown else None
-
-
-def _show_activity() -> None:
+def _show_activity(shown: dict | None) -> None:
     with events.lock:
-        shown, before = _activity(), _sampling.activity
-        if _deliver_activity is not None:
-            return _deliver_activity(shown)
-        _sampling.activity = shown
+        before, _sampling.activity = _sampling.activity, shown
         _mark()
     if shown is not None and (before is None or before["text"] != shown["text"]):
         for say in _tellers:
@@ -403,8 +407,7 @@ def workers_gone(rank: int | None, state: str, text: str = "") -> None:
             process.state = state if first else ENDED
             process.text = text[:TEXT_LENGTH] if first else ""
             process.memory_used = process.utilisation = None
-        _in_workers.clear()
-        _sampling.activity = _activity()
+        _activities.in_workers(None)
         _mark()
 
 

@@ -1,8 +1,9 @@
 """HTTP routes: what a browser shows, for browsers and for API users. A refusal is {"error": sentence}.
 
     GET  /skein/status          all of live.snapshot(): sampling, processes, runs, sparse
-    GET  /skein/runs?limit=16   the last runs under the cache that have ended, oldest first: {"runs": [...]}
-    GET  /skein/runs/<id>       one of them, or the one in progress
+    GET  /skein/runs?limit=50   the last runs under the cache that have ended, oldest first: {"runs": [...]}
+    GET  /skein/runs/<id>       one of them, or the one in progress, or one under sparse attention
+    GET  /skein/runs/<id>.png   the picture of one
     POST /skein/listen          the state, as it changes, to a client of the websocket: {"client_id": its id,
                                 "listen": true} -> {}
     POST /skein/release         ends the worker processes: {} -> {"released": whether there were any}
@@ -11,13 +12,20 @@ What changes something is a POST with a JSON body from the same origin, so that 
 """
 
 import asyncio
+import io
 import json
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from . import events, host, live
+from .kept_runs import KeptRuns
+from .map_picture import draw_map
+from .picture import draw_run
 from .report import recent_runs
+from .runs import Run
+from .sparse_runs import SparseRun
 
 STATUS_ROUTE, RUNS_ROUTE, RELEASE_ROUTE, LISTEN_ROUTE = (
     "/skein/status",
@@ -25,6 +33,7 @@ STATUS_ROUTE, RUNS_ROUTE, RELEASE_ROUTE, LISTEN_ROUTE = (
     "/skein/release",
     "/skein/listen",
 )
+FOLDER = "skein"  # in ComfyUI's user directory, with __ before it: nothing in it is served
 BODY_BYTES = 4096  # more than any request needs
 TYPES = {str: "a string", bool: "true or false"}
 
@@ -38,19 +47,26 @@ class Refused(Exception):
 
 
 def register(release: Callable[[], bool], in_use: Callable[[], bool]) -> None:
-    """Add the routes to ComfyUI's server. Without a server (the pack used as a library) nothing happens.
+    """Add the routes to ComfyUI's server, and the runs that were kept before it was started. Without a server (the pack
+    used as a library) nothing happens.
 
     release: ends the workers; whether there were any. in_use: whether there are some that somebody works with.
     """
     instance = host.server()
     if instance is None:
         return
+    import folder_paths
     from aiohttp import ClientError, web
 
-    def answering(handle: Callable[[Any], Awaitable[dict]]) -> Callable[[Any], Awaitable[Any]]:
+    instance.add_on_prompt_handler(host.keep_metadata)
+    kept = KeptRuns(Path(folder_paths.get_system_user_directory(FOLDER)), live.KEPT_RUNS)
+    live.keep_runs(kept.read(), kept.keep)
+
+    def answering(handle: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
         async def answer(request: Any) -> Any:
             try:
-                return web.json_response(await handle(request))
+                answer = await handle(request)
+                return web.json_response(answer) if isinstance(answer, dict) else answer
             except Refused as refused:
                 return web.json_response({"error": str(refused)}, status=refused.status)
             except (ConnectionError, ClientError):  # the client has hung up: nobody reads the answer
@@ -66,11 +82,12 @@ def register(release: Callable[[], bool], in_use: Callable[[], bool]) -> None:
         return {"runs": [run.as_dict() for run in recent_runs()[-limit:]]}
 
     async def one_run(request: Any) -> dict:
-        wanted = request.match_info["id"]
-        for run in live.runs():
-            if run.id == wanted:
-                return run.as_dict()
-        raise Refused(404, f"There is no run of this id among the last {live.KEPT_RUNS}; {RUNS_ROUTE} lists them.")
+        return _run_of(request.match_info["id"]).as_dict()
+
+    async def picture(request: Any) -> Any:
+        run = _run_of(request.match_info["id"])
+        png = await asyncio.get_running_loop().run_in_executor(None, _png, run)
+        return web.Response(body=png, content_type="image/png")
 
     async def listen(request: Any) -> dict:
         asked = await _asked(request, {"client_id": str, "listen": bool})
@@ -86,9 +103,26 @@ def register(release: Callable[[], bool], in_use: Callable[[], bool]) -> None:
 
     instance.routes.get(STATUS_ROUTE)(answering(status))
     instance.routes.get(RUNS_ROUTE)(answering(runs))
+    instance.routes.get(RUNS_ROUTE + "/{id}.png")(answering(picture))
     instance.routes.get(RUNS_ROUTE + "/{id}")(answering(one_run))
     instance.routes.post(LISTEN_ROUTE)(answering(listen))
     instance.routes.post(RELEASE_ROUTE)(answering(release_workers))
+
+
+def _run_of(wanted: str) -> Run | SparseRun:
+    runs: list[Run | SparseRun] = [*live.runs(), *live.sparse_runs()]
+    for run in runs:
+        if run.id == wanted:
+            return run
+    raise Refused(404, f"There is no run of this id among the last {live.KEPT_RUNS}; {RUNS_ROUTE} lists them.")
+
+
+def _png(run: Run | SparseRun) -> bytes:
+    if not run.calls:
+        raise Refused(409, "The run has no model calls yet; ask again when it has some.")
+    file = io.BytesIO()
+    (draw_run(run) if isinstance(run, Run) else draw_map(run)).save(file, "PNG")
+    return file.getvalue()
 
 
 def _limit(text: str | None) -> int:

@@ -89,14 +89,17 @@ class SparseRun:
             parts.append(f"attention {self.speedup:.1f}x as fast")
         return ", ".join(parts)
 
+    def sums(self) -> dict:
+        """What the panel says of the calls."""
+        return {"density": self.density, "error": self.error, "speedup": self.speedup, "summary": self.summary()}
+
     def as_dict(self) -> dict:
         """JSON-ready: every field but `latent`, and what is said of the calls. `layers`, thousands of numbers, when the
         run has ended."""
         fields = {**vars(self), "calls": [dict(vars(call)) for call in self.calls]}
         fields["layers"] = [_rounded(layer) for layer in self.layers] if self.ended else []
         del fields["latent"]
-        said = {"density": self.density, "error": self.error, "speedup": self.speedup, "summary": self.summary()}
-        return {**fields, **said}
+        return {**fields, **self.sums()}
 
 
 def _rounded(layer: SparseLayer) -> dict:

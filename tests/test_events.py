@@ -3,11 +3,13 @@
 import asyncio
 import gc
 import http.client
+import io
 import json
 import socket
 import threading
 import time
 import types
+import urllib.request
 from contextlib import contextmanager
 
 import pytest
@@ -16,6 +18,7 @@ import websocket
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from graphs import SAMPLER, seeded, with_sparse
+from PIL import Image
 from skein import events, host, live, report
 from skein.demo.run import node_id
 from skein.report import add
@@ -367,11 +370,11 @@ JSON = {"Content-Type": "application/json"}
     [
         ("GET", "/skein/runs/nonesuch", None, {}, 404, "There is no run of this id"),
         ("GET", "/skein/runs/%00%ff", None, {}, 404, "There is no run of this id"),
-        ("GET", "/skein/runs?limit=0", None, {}, 400, "from 1 to 16"),
-        ("GET", "/skein/runs?limit=-1", None, {}, 400, "from 1 to 16"),
-        ("GET", f"/skein/runs?limit={'9' * 5000}", None, {}, 400, "from 1 to 16"),
-        ("GET", "/skein/runs?limit=1e3", None, {}, 400, "from 1 to 16"),
-        ("GET", "/skein/runs?limit=%D9%A3", None, {}, 400, "from 1 to 16"),  # a digit of another script
+        ("GET", "/skein/runs?limit=0", None, {}, 400, "from 1 to 50"),
+        ("GET", "/skein/runs?limit=-1", None, {}, 400, "from 1 to 50"),
+        ("GET", f"/skein/runs?limit={'9' * 5000}", None, {}, 400, "from 1 to 50"),
+        ("GET", "/skein/runs?limit=1e3", None, {}, 400, "from 1 to 50"),
+        ("GET", "/skein/runs?limit=%D9%A3", None, {}, 400, "from 1 to 50"),  # a digit of another script
         ("POST", "/skein/listen", "{}", JSON, 400, '"client_id": a string, "listen": true or false'),
         ("POST", "/skein/listen", '{"client_id": "nonesuch", "listen": true}', JSON, 404, "connect to /ws"),
         ("POST", "/skein/listen", '{"client_id": 1, "listen": true}', JSON, 400, "nothing else in it"),
@@ -478,3 +481,14 @@ def test_status_in_the_middle_of_a_run_and_after_an_interrupt(server, prompt):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert status["runs"][-1]["ended"] and status["runs"][-1]["error"] == status["sampling"]["error"] == "interrupted"
+
+
+def test_the_pictures_of_runs(server, prompt):
+    server.run(with_sparse(seeded(prompt, 312), cached=True))
+    status = server.get("/skein/status")
+    for kind in ("runs", "sparse"):
+        address = f"http://127.0.0.1:{server.port}/skein/runs/{status[kind][-1]['id']}.png"
+        with urllib.request.urlopen(address, timeout=60) as response:
+            assert response.headers["Content-Type"] == "image/png"
+            assert Image.open(io.BytesIO(response.read())).size == (960, 480)
+    assert answer(server, "GET", "/skein/runs/nonesuch.png")[0] == 404

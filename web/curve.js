@@ -2,7 +2,7 @@
 
 import { h, milliseconds, relative, svg, t } from "./dom.js";
 
-const MARGIN = { left: 44, right: 14, top: 12, bottom: 30 };
+const MARGIN = { left: 44, right: 110, top: 26, bottom: 30 };
 const TICKS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1];
 const FLOOR = 0.001; // the smallest change that the logarithmic axis shows
 
@@ -37,12 +37,12 @@ export class Curve {
     this.resized.disconnect();
   }
 
-  /** Draw a run with its calls coloured by `decisions` (true: reused) under a threshold. */
-  show(run, threshold, decisions) {
+  /** Draw a run with its calls coloured by `decisions` (true: reused) under a threshold, and another one behind it. */
+  show(run, threshold, decisions, behind) {
     if (run.id !== this.run?.id) this.at = null;
-    Object.assign(this, { run, threshold, decisions });
+    Object.assign(this, { run, threshold, decisions, behind });
     const last = run.calls.at(-1);
-    const key = JSON.stringify([run.id, run.calls.length, run.ended, threshold, last.ms]);
+    const key = JSON.stringify([run.id, run.calls.length, run.ended, threshold, last.ms, behind?.id, behind?.version]);
     if (key !== this.key) this.draw();
     this.key = key;
   }
@@ -52,18 +52,19 @@ export class Curve {
     if (!this.run || width < 80 || height < 60) return;
     this.measure(width, height);
     this.drawing.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    this.drawing.replaceChildren(...this.grid(), this.line(), ...this.thresholdLine(), ...this.points(), ...this.cursor());
+    this.drawing.replaceChildren(...this.grid(), ...this.lines(), ...this.thresholdLine(), ...this.points(), ...this.cursor());
     this.describe();
   }
 
   /** The scales: x over the number of the call, y over the logarithm of the change. */
   measure(width, height) {
-    const changes = this.run.calls.map((call) => call.change).filter((change) => change > 0);
+    const calls = [...this.run.calls, ...(this.behind?.calls ?? [])];
+    const changes = calls.map((call) => call.change).filter((change) => change > 0);
     const low = Math.max(Math.min(...changes, this.threshold || FLOOR) * 0.7, FLOOR);
     const high = Math.max(Math.max(...changes, this.threshold) * 1.4, low * 4);
     const [left, right] = [MARGIN.left, width - MARGIN.right];
     const [top, bottom] = [MARGIN.top, height - MARGIN.bottom];
-    const count = Math.max(this.expectedCalls(), 2);
+    const count = Math.max(this.expectedCalls(), this.behind?.calls.length ?? 0, 2);
     Object.assign(this, { left, right, top, bottom, low, high, count });
     this.x = (index) => left + 8 + ((right - left - 16) * index) / (count - 1);
     this.y = (change) => {
@@ -80,7 +81,12 @@ export class Curve {
   }
 
   grid() {
-    const shown = TICKS.filter((tick) => tick >= this.low && tick <= this.high);
+    let room = Infinity; // the lowest place that is free of labels
+    const shown = TICKS.filter((tick) => {
+      const fits = tick >= this.low && tick <= this.high && this.y(tick) <= room;
+      if (fits) room = this.y(tick) - 13;
+      return fits;
+    });
     const across = shown.flatMap((tick) => [
       svg("line", { class: "skein-grid", x1: this.left, x2: this.right, y1: this.y(tick), y2: this.y(tick) }),
       svg("text", { class: "skein-label", x: this.left - 6, y: this.y(tick) + 4, "text-anchor": "end" }, String(tick)),
@@ -91,24 +97,28 @@ export class Curve {
       const place = { class: "skein-label", x: this.x(number - 1), y: this.bottom + 23, "text-anchor": "middle" };
       below.push(svg("text", place, String(number)));
     }
+    const name = { class: "skein-label", x: 4, y: 13 };
+    const calls = { class: "skein-label", x: this.right + 8, y: this.bottom + 23 };
+    below.push(svg("text", name, t("Relative change")), svg("text", calls, t("Model call")));
     const axis = { class: "skein-axis", x1: this.left, x2: this.right, y1: this.bottom + 7, y2: this.bottom + 7 };
     return [...across, svg("line", axis), ...below];
   }
 
-  line() {
-    const known = this.run.calls.map((call, index) => [index, call.change]).filter(([, change]) => change !== null);
-    return svg("polyline", {
-      class: "skein-line",
-      points: known.map(([index, change]) => `${this.x(index)},${this.y(change)}`).join(" "),
-    });
+  lines() {
+    const line = ({ calls }, kind) => {
+      const known = calls.map((call, index) => [index, call.change]).filter(([, change]) => change !== null);
+      const points = known.map(([index, change]) => `${this.x(index)},${this.y(change)}`).join(" ");
+      return svg("polyline", { class: kind, points });
+    };
+    return [this.behind && line(this.behind, "skein-behind"), line(this.run, "skein-line")].filter(Boolean);
   }
 
   thresholdLine() {
     const y = this.y(this.threshold);
-    const text = { class: "skein-label skein-threshold-label", x: this.right - 4, y: y - 5, "text-anchor": "end" };
+    const text = { class: "skein-label skein-threshold-label", x: this.right + 8, y: y + 4 }; // clear of all points
     return [
       svg("line", { class: "skein-threshold", x1: this.left, x2: this.right, y1: y, y2: y }),
-      svg("text", text, t("threshold {value}", { value: this.threshold })),
+      svg("text", text, t("Threshold {value}", { value: this.threshold })),
     ];
   }
 

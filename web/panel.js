@@ -1,6 +1,8 @@
 // The panel: a run's curve and figures, the slider, the processes. Draws what the store holds; changes nothing itself.
 
+import { Banner } from "./banner.js";
 import { card } from "./cards.js";
+import { RunChoice, nameOf } from "./choice.js";
 import { Curve } from "./curve.js";
 import { h, renew, t, times } from "./dom.js";
 import { estimate } from "./estimate.js";
@@ -8,6 +10,7 @@ import { Progress } from "./progress.js";
 import { SparseSection } from "./sparse.js";
 
 const REDRAW_MS = 500; // between two pictures while a run goes on
+const SAID_MS = 5000; // how long the answer to a button stays
 const TECHNIQUES = {
   cache: "First-Block Cache",
   attention: "Attention",
@@ -18,12 +21,14 @@ const TECHNIQUES = {
   memory: "Memory",
 };
 
-/** One panel on the page. actions: release(), copy(text) and apply(run, threshold), each a promise of a sentence. */
+/** One panel on the page. actions: release(), copy(text), save(text, run) and apply(run, threshold), each a
+ * promise of a sentence.
+ * placeOf: which workflow and node a sampling is of. */
 export class Panel {
-  constructor(store, actions) {
+  constructor(store, actions, placeOf) {
     this.store = store;
     this.actions = actions;
-    this.chosen = ""; // id of the run that is looked at; "" for the newest
+    this.banner = new Banner(placeOf);
     this.threshold = null; // of the slider; null while it stands at the run's own
     this.tried = null; // id of the run that the slider was moved on
     this.build();
@@ -37,6 +42,7 @@ export class Panel {
     this.curve.end();
     this.progress.end();
     clearTimeout(this.timer);
+    clearTimeout(this.saying);
     this.element.remove();
   }
 
@@ -52,14 +58,9 @@ export class Panel {
     this.curve = new Curve();
     this.progress = new Progress();
     this.sparseSection = new SparseSection();
-    this.banner = h("div", { class: "skein-banner", role: "alert", hidden: true });
-    this.select = h("select", {
-      "aria-label": t("Run"),
-      onchange: () => {
-        this.chosen = this.select.value;
-        this.threshold = null;
-        this.draw();
-      },
+    this.choice = new RunChoice(() => {
+      this.threshold = null;
+      this.draw();
     });
     this.state = h("span", { class: "skein-state", role: "status" });
     this.figures = h("dl", { class: "skein-summary" });
@@ -72,49 +73,43 @@ export class Panel {
       oninput: () => {
         this.threshold = Number(this.slider.value);
         this.tried = this.run.id;
-        this.said("");
         this.draw();
       },
     });
     this.estimate = h("output", { class: "skein-estimate" });
-    this.apply = h("button", { type: "button", class: "skein-primary", onclick: () => this.act(() => this.write()) });
-    this.message = h("p", { class: "skein-message", role: "status" });
+    this.apply = h("button", { type: "button", class: "skein-primary", onclick: (event) => this.act(event, () => this.write()) });
+    this.message = h("span", { class: "skein-message", role: "status" });
     this.cards = h("ul", { class: "skein-cards", "aria-label": t("Processes") });
     this.notes = h("dl", { class: "skein-notes" });
-    this.release = h(
-      "button",
-      { type: "button", onclick: () => this.act(this.actions.release) },
-      t("Release workers"),
-    );
-    this.copy = h("button", { type: "button", onclick: () => this.act(() => this.report()) }, t("Copy report"));
+    const button = (text, action) => h("button", { type: "button", onclick: (event) => this.act(event, action) }, text);
+    this.release = button(t("Release workers"), () => this.actions.release());
+    this.copy = button(t("Copy report"), () => this.report());
+    this.save = button(t("Save report"), () => this.actions.save(this.text(), this.pictured));
     this.fallback = h("textarea", { class: "skein-fallback", readonly: true, hidden: true, "aria-label": t("Report") });
     this.element = this.layout();
   }
 
   layout() {
+    this.behindKey = h("li", { class: "skein-key-behind", hidden: true });
     const legend = h(
       "ul",
       { class: "skein-legend" },
-      h("li", { class: "skein-key-title" }, t("Relative change of each model call")),
       h("li", { class: "skein-key-computed" }, t("computed")),
       h("li", { class: "skein-key-reused" }, t("reused")),
       h("li", { class: "skein-key-differs" }, t("other than in the run")),
+      this.behindKey,
     );
-    const assumption = t(
-      "An estimate: the further a call is from the last computed one, the more it changes.",
-    );
+    this.slider.title = t("An estimate: the further a call is from the last computed one, the more it changes.");
     this.picture = h(
       "div",
       { class: "skein-picture" },
-      this.curve.element,
-      legend,
+      h("div", { class: "skein-curve-and-legend" }, legend, this.curve.element),
       h("div", { class: "skein-try" }, h("span", {}, t("Threshold")), this.slider, this.estimate, this.apply),
-      h("p", { class: "skein-assumption" }, assumption),
     );
     return h(
       "section",
       { class: "skein-panel", "aria-label": "Skein" },
-      this.banner,
+      this.banner.element,
       h(
         "div",
         { class: "skein-columns" },
@@ -122,7 +117,7 @@ export class Panel {
           "div",
           { class: "skein-main" },
           this.progress.element,
-          h("header", {}, this.select, this.state, this.figures),
+          h("header", {}, ...this.choice.elements, this.state, this.figures),
           this.empty,
           this.picture,
           this.sparseSection.element,
@@ -130,8 +125,7 @@ export class Panel {
         h(
           "aside",
           { class: "skein-side" },
-          h("div", { class: "skein-buttons" }, this.release, this.copy),
-          this.message,
+          h("div", { class: "skein-buttons" }, this.release, this.copy, this.save),
           this.fallback,
           this.cards,
           this.notes,
@@ -142,7 +136,7 @@ export class Panel {
 
   /** The run that is looked at. */
   get run() {
-    return this.store.runs.find((run) => run.id === this.chosen) ?? this.store.runs.at(-1);
+    return this.choice.run(this.store.runs);
   }
 
   /** The run of the cache in the sampling that goes on, or was the last. */
@@ -154,7 +148,7 @@ export class Panel {
   /** The run under sparse attention that belongs to what is looked at: of the same prompt. */
   get sparse() {
     const { sampling, sparse } = this.store;
-    if (this.chosen) return nearest(sparse, this.run);
+    if (this.choice.chosen) return nearest(sparse, this.run);
     const newest = sparse.at(-1);
     if (sampling.running) return newest?.prompt_id === sampling.prompt_id ? newest : undefined;
     return this.isOlder(newest) ? undefined : newest;
@@ -168,12 +162,11 @@ export class Panel {
 
   draw() {
     const { store } = this;
-    if (!store.runs.some((run) => run.id === this.chosen)) this.chosen = ""; // it is no longer kept
+    this.choice.show(store.runs);
     const { run, sparse } = this;
     this.drawn = performance.now();
     this.element.dataset.connection = store.connection;
-    this.drawBanner();
-    this.drawChoice();
+    this.banner.show(store);
     this.progress.show(store, this.newest);
     const shown = Boolean(run?.calls.length) && !this.withoutCache();
     this.picture.hidden = this.figures.hidden = !shown;
@@ -191,39 +184,13 @@ export class Panel {
     this.release.disabled = !alive || busy || store.connection !== "ready";
     this.release.title = busy ? t("The workers are at work; interrupt the run first.") : "";
     this.copy.disabled = !run && !sparse;
-  }
-
-  drawBanner() {
-    const { connection, error, sampling } = this.store;
-    const again = h("button", { type: "button", onclick: () => this.store.refresh() }, t("Try again"));
-    const text = {
-      reconnecting: t("The connection to ComfyUI is lost; trying again. What you see is the last that is known."),
-      error: t("Skein's status could not be read ({error}).", { error }),
-      ready: sampling.error === "interrupted" ? "" : sampling.error,
-    }[connection];
-    this.banner.hidden = !text;
-    renew(this.banner, [text ?? "", connection], () => [text ?? "", connection === "error" ? again : ""]);
-  }
-
-  /** The list of runs, the newest first; built anew only when it changes, so that it stays open under the pointer. */
-  drawChoice() {
-    const name = (run) => {
-      const at = new Date(1000 * run.started).toLocaleTimeString();
-      const reused = run.calls.filter((call) => call.reused).length;
-      if (!run.ended) return t("{at}, running", { at });
-      const values = { at, reused, calls: run.calls.length };
-      return run.finished ? t("{at}, {reused} of {calls} reused", values) : t("{at}, stopped early", values);
-    };
-    const options = [["", t("Newest run")], ...this.store.runs.map((run) => [run.id, name(run)]).reverse()];
-    renew(this.select, options, () => options.map(([value, text]) => h("option", { value }, text)));
-    this.select.hidden = !this.store.runs.length;
-    this.select.value = this.chosen;
+    this.save.disabled = !this.pictured;
   }
 
   /** Whether what runs now, or ran last, has no cache, so that the newest run under it is an older one. */
   withoutCache() {
     const { sampling, runs, sparse } = this.store;
-    if (this.chosen) return false;
+    if (this.choice.chosen) return false;
     if (sampling.running) return !sampling.techniques.includes("cache");
     const [cached, last] = [runs.at(-1), sparse.at(-1)];
     return Boolean(last) && last.prompt_id !== cached?.prompt_id && !this.isOlder(last);
@@ -263,7 +230,10 @@ export class Panel {
     const own = run.calls[0].threshold;
     const threshold = this.threshold ?? own;
     const estimated = estimate(run, threshold);
-    this.curve.show(run, threshold, estimated.decisions);
+    const behind = this.choice.behind(this.store.runs);
+    this.curve.show(run, threshold, estimated.decisions, behind);
+    this.behindKey.hidden = !behind;
+    if (behind) this.behindKey.textContent = nameOf(behind);
     const figures = [
       [t("Calls"), run.ended || !run.steps ? String(run.calls.length) : `${run.calls.length} / ${this.curve.expectedCalls()}`],
       [t("Reused"), String(run.reused)],
@@ -298,10 +268,21 @@ export class Panel {
     return this.actions.apply(run, this.threshold ?? run.calls[0].threshold);
   }
 
-  async report() {
+  /** The run whose picture the server can draw. */
+  get pictured() {
+    const shown = this.withoutCache() ? this.sparse : this.run;
+    return shown?.ended && shown.calls.length ? shown : undefined;
+  }
+
+  /** All that is shown, as JSON. */
+  text() {
     const { sparse, store } = this;
     const run = this.withoutCache() && sparse ? undefined : this.run; // else they would be of two prompts
-    const text = JSON.stringify({ run, sparse, sampling: store.sampling, processes: store.processes }, null, 1);
+    return JSON.stringify({ run, sparse, sampling: store.sampling, processes: store.processes }, null, 1);
+  }
+
+  async report() {
+    const text = this.text();
     this.fallback.hidden = true;
     try {
       return await this.actions.copy(text);
@@ -315,17 +296,17 @@ export class Panel {
     }
   }
 
-  /** Do something and say what came of it. */
-  async act(action) {
+  /** Do something and say beside its button, for a while, what came of it. */
+  async act({ currentTarget: button }, action) {
+    clearTimeout(this.saying);
+    button.after(this.message);
+    this.message.textContent = "";
     try {
-      this.said(await action());
+      this.message.textContent = await action();
     } catch (error) {
-      this.said(error.message);
+      this.message.textContent = error.message;
     }
-  }
-
-  said(text) {
-    this.message.textContent = text;
+    this.saying = setTimeout(() => this.message.remove(), SAID_MS);
   }
 }
 

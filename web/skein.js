@@ -4,12 +4,12 @@ import { app } from "../../scripts/app.js"; // relative: ComfyUI may be served b
 import { api } from "../../scripts/api.js";
 
 import { t, translateBy } from "./dom.js";
+import { placeOf, writeThreshold } from "./graph.js";
 import { Panel } from "./panel.js";
+import { found } from "./settings.js";
 import { Store } from "./store.js";
 
 const STATE = "skein.state";
-const CACHE_NODE = "SkeinFirstBlockCache";
-const THRESHOLD = "residual_diff_threshold";
 
 /** The JSON answer of one of Skein's routes; a refusal is thrown with the server's sentence. */
 async function ask(path, options) {
@@ -45,15 +45,12 @@ const store = new Store(async () => {
   return ask("/skein/status");
 });
 
-/** The node with an id as the server knows it: "12", or "5:12" for node 12 in the subgraph that node 5 is. */
-function findNode(id) {
-  let graph = app.rootGraph ?? app.graph;
-  let node = null;
-  for (const part of String(id ?? "").split(":")) {
-    node = graph?.getNodeById(Number(part)) ?? null;
-    graph = node?.subgraph;
-  }
-  return node;
+/** Have the browser save a file. */
+function download(blob, name) {
+  const link = document.createElement("a");
+  Object.assign(link, { href: URL.createObjectURL(blob), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
 const actions = {
@@ -67,21 +64,17 @@ const actions = {
     return t("The report is in the clipboard.");
   },
 
+  async save(text, run) {
+    const name = `skein-${new Date(1000 * run.started).toISOString().slice(0, 19).replace(/\D/g, "-")}`;
+    const response = await api.fetchApi(`/skein/runs/${run.id}.png`);
+    if (!response.ok) throw new Error((await response.json().catch(() => ({}))).error ?? `HTTP ${response.status}`);
+    download(await response.blob(), `${name}.png`);
+    download(new Blob([text], { type: "application/json" }), `${name}.json`);
+    return t("{name}.json and .png are in the downloads.", { name });
+  },
+
   async apply(run, threshold) {
-    if (run.workflow_id === null) throw new Error(t("This run was sent by a program; there is no workflow to write into."));
-    if (run.workflow_id !== (app.rootGraph ?? app.graph).id) {
-      throw new Error(t("This run came from another workflow; open that one first."));
-    }
-    const node = findNode(run.node_id);
-    const widget = node?.comfyClass === CACHE_NODE && node.widgets?.find((each) => each.name === THRESHOLD);
-    if (!widget) throw new Error(t("The node of this run is not in the open workflow."));
-    if (node.inputs?.some((input, slot) => input.widget?.name === THRESHOLD && node.isInputConnected(slot))) {
-      throw new Error(t("The threshold of this node comes from another node; change it there."));
-    }
-    widget.value = threshold;
-    widget.callback?.(threshold);
-    app.canvas?.setDirty(true, true);
-    return t("{value} is in {node}; it counts from the next run on.", { value: threshold, node: node.title });
+    return writeThreshold(run, threshold);
   },
 };
 
@@ -106,8 +99,11 @@ function receive({ detail }) {
   else store.receive(detail);
 }
 
+const { runStarts, ...seams } = found(() => Boolean(panel?.element.isConnected));
+
 app.registerExtension({
   name: "Skein",
+  ...seams,
   bottomPanelTabs: [
     {
       id: "skein",
@@ -115,7 +111,7 @@ app.registerExtension({
       type: "custom",
       render(element) {
         panel?.end();
-        panel = new Panel(store, actions);
+        panel = new Panel(store, actions, placeOf);
         element.style.height = "100%";
         element.replaceChildren(panel.element);
         store.refresh();
@@ -129,6 +125,7 @@ app.registerExtension({
     style.href = new URL("./style.css", import.meta.url).href;
     document.head.append(style);
     api.addEventListener(STATE, receive);
+    api.addEventListener("execution_start", runStarts);
     api.addEventListener("reconnecting", () => store.lost());
     api.addEventListener("reconnected", () => panel && store.refresh());
     try {

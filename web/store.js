@@ -1,6 +1,6 @@
 // What the panel knows of the server: its status, then its messages. No page elements here.
 
-const KEPT_RUNS = 16;
+const KEPT_RUNS = 50; // as in live.py
 
 /** Follows the server. `changed` is told after each change; `connection` is loading, ready, reconnecting or error. */
 export class Store {

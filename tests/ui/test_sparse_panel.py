@@ -150,7 +150,7 @@ def test_with_the_cache_both_are_shown_and_copied(browser, ui_server, prompt):
         ui_server.run(seeded(prompt, 83))  # a newer run, without sparse attention
         comfy.wait(f"document.querySelector('.skein-panel select option:nth-child(3)')?.value === '{run['id']}'")
         expect(comfy.page.locator(".skein-sparse")).to_be_hidden()
-        comfy.panel.get_by_role("combobox").select_option(run["id"])
+        comfy.panel.get_by_role("combobox", name="Run").select_option(run["id"])
         expect(comfy.page.locator(".skein-sparse-summary")).to_have_text(sparse["summary"])
         assert comfy.complaints() == []
 
@@ -162,7 +162,7 @@ def test_the_run_of_the_same_prompt_is_shown(browser, ui_server):
     with SparsePage(browser, ui_server, runs=cached, sparse=sparse) as comfy:
         text = comfy.page.locator(".skein-sparse-summary")
         expect(text).to_contain_text("12 % of attention computed")  # the newest
-        choose = comfy.panel.get_by_role("combobox").select_option
+        choose = comfy.panel.get_by_role("combobox", name="Run").select_option
         for chosen, shown in (("cached2", recorded()[1]), ("cached3", recorded()[0])):
             choose(chosen)
             expect(text).to_have_text(shown["summary"])

@@ -1,0 +1,57 @@
+// The workflow that is open: its nodes as the server knows them.
+
+import { app } from "../../scripts/app.js"; // relative: ComfyUI may be served below a path
+
+import { t } from "./dom.js";
+
+const CACHE_NODE = "SkeinFirstBlockCache";
+const THRESHOLD = "residual_diff_threshold";
+
+const root = () => app.rootGraph ?? app.graph;
+
+/** The node with an id as the server knows it: "12", or "5:12" for node 12 in the subgraph that node 5 is. */
+function findNode(id) {
+  let graph = root();
+  let node = null;
+  for (const part of String(id ?? "").split(":")) {
+    node = graph?.getNodeById(Number(part)) ?? null;
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+/** Whether the open workflow, or a subgraph in it, has a node of this pack. */
+export function hasOurs(graph = root()) {
+  return (graph?.nodes ?? []).some((node) => isOurs(node) || (node.subgraph && hasOurs(node.subgraph)));
+}
+
+export function isOurs(node) {
+  return String(node.comfyClass ?? "").startsWith("Skein");
+}
+
+/** Which workflow and node a sampling is of, as a text. */
+export function placeOf({ workflow_id: workflow, node_id: id }) {
+  if (workflow === null) return t("A prompt that a program sent");
+  const isOpen = workflow === root()?.id;
+  const tabs = app.extensionManager?.workflow?.openWorkflows ?? [];
+  const tab = tabs.find((each) => (each.activeState ?? each.initialState)?.id === workflow);
+  const name = (isOpen ? app.extensionManager?.workflow?.activeWorkflow : tab)?.filename ?? t("another workflow");
+  const node = isOpen && findNode(id)?.title;
+  return node ? t("{node} in {workflow}", { node, workflow: name }) : name;
+}
+
+/** Write a threshold into the node of a run; a sentence on it. Raises Error where that cannot be. */
+export function writeThreshold(run, threshold) {
+  if (run.workflow_id === null) throw new Error(t("This run was sent by a program; there is no workflow to write into."));
+  if (run.workflow_id !== root().id) throw new Error(t("This run came from another workflow; open that one first."));
+  const node = findNode(run.node_id);
+  const widget = node?.comfyClass === CACHE_NODE && node.widgets?.find((each) => each.name === THRESHOLD);
+  if (!widget) throw new Error(t("The node of this run is not in the open workflow."));
+  if (node.inputs?.some((input, slot) => input.widget?.name === THRESHOLD && node.isInputConnected(slot))) {
+    throw new Error(t("The threshold of this node comes from another node; change it there."));
+  }
+  widget.value = threshold;
+  widget.callback?.(threshold);
+  app.canvas?.setDirty(true, true);
+  return t("{value} is in {node}; it counts from the next run on.", { value: threshold, node: node.title });
+}
