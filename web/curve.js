@@ -81,7 +81,12 @@ export class Curve {
   }
 
   grid() {
-    const shown = TICKS.filter((tick) => tick >= this.low && tick <= this.high);
+    let room = Infinity; // the lowest place that is free of labels
+    const shown = TICKS.filter((tick) => {
+      const fits = tick >= this.low && tick <= this.high && this.y(tick) <= room;
+      if (fits) room = this.y(tick) - 13;
+      return fits;
+    });
     const across = shown.flatMap((tick) => [
       svg("line", { class: "skein-grid", x1: this.left, x2: this.right, y1: this.y(tick), y2: this.y(tick) }),
       svg("text", { class: "skein-label", x: this.left - 6, y: this.y(tick) + 4, "text-anchor": "end" }, String(tick)),
