@@ -144,7 +144,7 @@ def sampling(techniques: Sequence[str], device: torch.device) -> Iterator[None]:
         _last_call, _second_step = 0.0, None
         _sampling = Sampling(True, list(techniques), *host.executing(), started=time.time())
         _own.device, _own.state = str(device), RUNNING
-        _loading.enter_context(_activities.within("Loading the model"))  # until the first call; nothing else tells of it
+        _loading.enter_context(_activities.within("Loading the model"))  # until the first call
         look(at_once=True)
         _mark()
     error: str | None = None

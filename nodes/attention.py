@@ -14,7 +14,7 @@ class AttentionNode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SkeinAttention",
-            display_name="Attention (Skein)",
+            display_name="Attention, Flash/Sage (Skein)",
             category="Skein",
             search_aliases=["flash attention", "sage attention", "cudnn", "attention kernel", "faster", "speed up"],
             description=(
