@@ -104,15 +104,17 @@ def _followed(choice: Choice, preset: PresetConfig | None, guider, given: dict) 
     """Within: the steps are followed; yields the sampler's callback for that. What is expected and what came is said on
     the node of the preset, if there is one, and in the panel."""
     plan, patcher, shape, steps = choice.plan, guider.model_patcher, given["noise"].shape, len(given["sigmas"]) - 1
+    say = partial(show, None if preset is None else preset.node_id)
+    without = [f"Without {conflicts.NAMES[name]}: {why}" for name, why in choice.left_out.items()]
     if not plan.techniques or steps < 1:
         yield given.get("callback")
+        say("\n".join([words(plan), *without]))
         return
     try:
         job, size = job_of(plan, guider, shape, given["sampler"], world_of(plan)), expected_bytes(plan, patcher, shape)
     except ValueError:  # a model that Skein does not know; applied() says why not, and what to do
         yield given.get("callback")
         return
-    say = partial(show, None if preset is None else preset.node_id)
     pace = Pace(job, steps, patcher.load_device, say)
     forecast, chosen = pace.forecast, words(plan)
     if forecast is None:
@@ -124,7 +126,6 @@ def _followed(choice: Choice, preset: PresetConfig | None, guider, given: dict) 
         yield pace.around_callback(given.get("callback"))
     came = f"{chosen}: {outcome(pace.finish())}"
     logger.info("Skein: %s", came)
-    without = [f"Without {conflicts.NAMES[name]}: {why}" for name, why in choice.left_out.items()]
     say("\n".join([came, *live.notes().values(), *without]))
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 CACHED = ("balanced", "fastest", "low memory")  # presets with the cache
 FASTEST_THRESHOLD = 1.5  # times the model's own
-FEWEST_TOKENS = 10_000  # several GPUs gained 1.06x on 4,096 image tokens, 1.9x on 75,600 (README, Other models)
+FEWEST_TOKENS = 10_000  # several GPUs gained 1.06x on 4,096 image tokens, 1.9x on 75,600 (docs/BENCHMARKS.md)
 
 
 @dataclass

@@ -96,6 +96,16 @@ def test_what_other_nodes_stand_against_is_left_out_and_said(tiny_model, shown):
     assert "Without First-Block Cache: EasyCache and First-Block Cache cannot work on one model" in last
 
 
+def test_where_nothing_can_work_the_run_goes_on_and_the_node_says_why(tiny_model, shown):
+    model = sped_up(tiny_model, node_id="7")
+    model.add_object_patch("diffusion_model", torch.compile(tiny_model.model.diffusion_model, backend="eager"))
+    stock = sample(tiny_model, TEXT, **SMALL)
+    assert relative_error(sample(model, TEXT, **SMALL), stock) < 1e-5
+    said = shown[-1][1].splitlines()
+    assert said[0] == "nothing: the model runs as ComfyUI has it"
+    assert "compiles the whole model" in said[1] and said[1].startswith("Without Attention: ")
+
+
 def test_what_is_not_installed_is_left_out_and_said(tiny_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     choice = chosen(sped_up(tiny_model, "low memory"))
