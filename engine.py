@@ -24,7 +24,7 @@ from .latents import some_values
 from .models import Network, Seam
 from .pace import Pace, expectation, outcome
 from .parallel import Mesh
-from .patchers import PLAIN_KEY, TWIN_KEY, keep, own_network, unload
+from .patchers import PLAIN_KEY, TWIN_KEY, keep, own_network, take_off_others
 from .plan import MODEL_DEFAULT, PLAN_KEY, Plan, PresetConfig
 from .presets import Choice, expected_bytes, resolve, wanted, words, world_of
 from .quantization import is_quantized
@@ -83,6 +83,8 @@ def _outer_sample(executor, *args, **kwargs):
     """OUTER_SAMPLE wrapper: the plan holds exactly as long as the sampling inside."""
     guider, given = executor.class_obj, {**dict(zip(ARGUMENTS, args)), **kwargs}
     asked = plan_of(guider.model_patcher)
+    if asked.preset is not None or asked.techniques:
+        take_off_others(guider.model_patcher)
     choice, noise = resolve(asked, guider, given["noise"].shape), given["noise"]
     with (
         live.sampling(choice.plan.techniques, guider.model_patcher.load_device),
@@ -196,5 +198,3 @@ def _refuse_conflicts(plan: Plan, guider) -> None:
     conflicts.refuse(plan, guider, left_alone)
     for technique in plan.techniques[:1]:
         conflicts.watch(guider.model_options["transformer_options"], technique, patcher)
-        if patcher.model.diffusion_model is not patcher.get_model_object("diffusion_model"):
-            unload(patcher)  # another workflow's object patch is on it still

@@ -73,6 +73,13 @@ def unload(patcher: ModelPatcher) -> None:
         memory.free_memory(1e30, entry.device, keep_loaded=[other for other in loaded if other is not entry])
 
 
+def take_off_others(patcher: ModelPatcher) -> None:
+    """Take off what another workflow has left in the place of the model's network: ComfyUI's object patches stay on a
+    model that stays loaded."""
+    if patcher.model.diffusion_model is not patcher.get_model_object("diffusion_model"):
+        unload(patcher)
+
+
 def is_loaded(model: nn.Module) -> bool:
     """Whether ComfyUI has the model in its books."""
     return any(entry.model.model is model for entry in loaded_entries())
