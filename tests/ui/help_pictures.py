@@ -24,13 +24,14 @@ LOADER, SAMPLER = "UNETLoader", "KSampler"
 COMPILE, PREVIEW, REPORT = "SkeinCompile", "SkeinLatentVideoPreview", "SkeinCacheReport"
 SPEED_UP = "SkeinSpeedUp"
 
-# What nodes that need a GPU have said: on one H100 under `-m bench.step` (HunyuanVideo 13 B, 720p x 129 frames, random
-# weights). SPARSE, DECODED and CALLS are the README's figures, the last two those of two H100.
+# What nodes that need a GPU have said, on H100s with random weights. KERNEL, SPARSE and FP8: under `-m bench.step
+# --densities 0.5` on one (HunyuanVideo 13 B, 720p x 129 frames), SPARSE at that density. CALLS and DECODED: the seconds that `-m bench.scaling`
+# and `-m bench.vae` printed on two (docs/BENCHMARKS.md), in the nodes' words.
 KERNEL = (
     "FlashAttention-3 runs: the fastest of FlashAttention-3 32.09 ms, FlashAttention-4 35.16 ms, cuDNN attention "
     "43.24 ms, FlashAttention-2 65.43 ms on 16384 queries"
 )
-SPARSE = "31 % of attention computed, 2.1 % error, attention 1.9x as fast"
+SPARSE = "50 % of attention computed, 0.3 % error, attention 1.9x as fast"
 FP8 = "FP8: 25.6 -> 13.2 GB in 3.3 s (per row, 320 layers)"
 DECODED = "whole on 0, 1, 6.6 s"
 CALLS = "4 calls on 0, 1: 9.14 s each"
