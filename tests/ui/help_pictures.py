@@ -24,9 +24,9 @@ LOADER, SAMPLER = "UNETLoader", "KSampler"
 COMPILE, PREVIEW, REPORT = "SkeinCompile", "SkeinLatentVideoPreview", "SkeinCacheReport"
 SPEED_UP = "SkeinSpeedUp"
 
-# What nodes that need a GPU have said, on H100s with random weights. KERNEL, SPARSE and FP8: under `-m bench.step
-# --densities 0.5` on one (HunyuanVideo 13 B, 720p x 129 frames), SPARSE at that density. CALLS and DECODED: the seconds that `-m bench.scaling`
-# and `-m bench.vae` printed on two (docs/BENCHMARKS.md), in the nodes' words.
+# What nodes that need a GPU have said, on H100s with random weights. KERNEL, FP8 and SPARSE (at that density): under
+# `-m bench.step --densities 0.5` on one, HunyuanVideo 13 B, 720p x 129 frames. CALLS and DECODED: the seconds that
+# `-m bench.scaling` and `-m bench.vae` printed on two (docs/BENCHMARKS.md), in the nodes' words.
 KERNEL = (
     "FlashAttention-3 runs: the fastest of FlashAttention-3 32.09 ms, FlashAttention-4 35.16 ms, cuDNN attention "
     "43.24 ms, FlashAttention-2 65.43 ms on 16384 queries"
