@@ -207,6 +207,7 @@ def test_the_vue_renderer_and_both_themes(browser, ui_server, palette):
         comfy.open_workflow(demo_workflow(seed=60 + len(palette)))
         comfy.open_panel()
         comfy.queue()
+        comfy.wait_for_state("running")  # else the run before is seen
         comfy.wait_for_state("finished")
         write_threshold(comfy, 0.123)
         assert comfy.widget() == 0.123
@@ -287,6 +288,7 @@ def test_a_threshold_that_comes_from_another_node_is_not_written(browser, ui_ser
         comfy.open_workflow(demo_workflow(seed=8))
         comfy.open_panel()
         comfy.queue()
+        comfy.wait_for_state("running")  # else the run before is seen
         comfy.wait_for_state("finished")
         comfy.page.evaluate(LINK_THRESHOLD, [CACHE, WIDGET])
         before = comfy.widget()
@@ -305,6 +307,7 @@ def test_only_the_workflow_that_ran_is_written_into(browser, ui_server, prompt):
         ran = comfy.page.evaluate(SERIALIZED)
         comfy.open_panel()
         comfy.queue()
+        comfy.wait_for_state("running")  # else the run before is seen
         comfy.wait_for_state("finished")
         comfy.open_workflow(demo_workflow(seed=10))
         write_threshold(comfy, 0.11)
