@@ -5,6 +5,7 @@ import { app } from "../../scripts/app.js"; // relative: ComfyUI may be served b
 import { t } from "./dom.js";
 
 const CACHE_NODE = "SkeinFirstBlockCache";
+const SPEED_UP_NODE = "SkeinSpeedUp"; // chooses the threshold itself
 const THRESHOLD = "residual_diff_threshold";
 
 const root = () => app.rootGraph ?? app.graph;
@@ -38,6 +39,18 @@ export function placeOf({ workflow_id: workflow, node_id: id }) {
   const name = (isOpen ? app.extensionManager?.workflow?.activeWorkflow : tab)?.filename ?? t("another workflow");
   const node = isOpen && findNode(id)?.title;
   return node ? t("{node} in {workflow}", { node, workflow: name }) : name;
+}
+
+/** Make a new node as wide as its title. LiteGraph does so for nodes with widgets only. */
+export function fitTitle(node) {
+  if (node.widgets?.length) return;
+  node.setSize([Math.max(node.size[0], node.computeSize()[0] + LiteGraph.NODE_TITLE_HEIGHT), node.size[1]]);
+}
+
+/** Why the node of a run takes no threshold; "": nothing is known against it. */
+export function refusal(run) {
+  const node = run.workflow_id === root().id ? findNode(run.node_id) : null;
+  return node?.comfyClass === SPEED_UP_NODE ? t("Add First-Block Cache after Speed Up to set a threshold.") : "";
 }
 
 /** Write a threshold into the node of a run; a sentence on it. Raises Error where that cannot be. */

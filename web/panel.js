@@ -12,7 +12,6 @@ import { SparseSection } from "./sparse.js";
 const REDRAW_MS = 500; // between two pictures while a run goes on
 const SAID_MS = 5000; // how long the answer to a button stays
 const TECHNIQUES = {
-  cache: "First-Block Cache",
   attention: "Attention",
   sparse: "Sparse Attention",
   fp8: "FP8 Quantize",
@@ -22,7 +21,7 @@ const TECHNIQUES = {
 };
 
 /** One panel on the page. actions: release(), copy(text), save(text, run) and apply(run, threshold), each a
- * promise of a sentence.
+ * promise of a sentence; refusal(run): why apply() would not do, or "".
  * placeOf: which workflow and node a sampling is of. */
 export class Panel {
   constructor(store, actions, placeOf) {
@@ -212,7 +211,7 @@ export class Panel {
     return [
       t("No run yet"),
       t("Put First-Block Cache (Skein) between the model loader and the sampler, and run."),
-      t("The templates of this pack are a start; skein_demo needs no download and no GPU."),
+      t("Or start from a template of this pack: Skein - Demo, no download, no GPU."),
     ];
   }
 
@@ -255,12 +254,14 @@ export class Panel {
         : t("{value}: {reused} of {calls} reused, {times} as fast", { ...values, times: range(speedup, times) });
     this.slider.setAttribute("aria-valuetext", this.estimate.textContent);
     this.apply.textContent = t("Write {value} into the node", { value: threshold });
-    this.apply.disabled = this.threshold === null;
+    this.apply.title = this.actions.refusal(run);
+    this.apply.disabled = this.threshold === null || Boolean(this.apply.title);
   }
 
   drawNotes() {
-    const notes = Object.entries(this.store.sampling.notes).map(([about, text]) => [TECHNIQUES[about] ?? about, text]);
-    renew(this.notes, notes, definitions);
+    const { cache, ...notes } = this.store.sampling.notes; // the cache's are the figures above its curve
+    const named = Object.entries(notes).map(([about, text]) => [TECHNIQUES[about] ?? about, text]);
+    renew(this.notes, named, definitions);
   }
 
   write() {

@@ -3,7 +3,7 @@
 
 import { app } from "../../scripts/app.js";
 
-import { hasOurs, isOurs } from "./graph.js";
+import { fitTitle, hasOurs, isOurs } from "./graph.js";
 
 const SHOW = "Skein.ShowPanel";
 const TOGGLE = "Workspace.ToggleBottomPanelTab.skein"; // ComfyUI's own, of our tab
@@ -38,9 +38,11 @@ export function found(isShown) {
         defaultValue: ALL,
       },
     ],
-    /** A new node; one of a workflow gets the workflow's values after this. */
+    /** A new node of ours; one of a workflow gets the workflow's values and size after this. */
     nodeCreated(node) {
-      const devices = isOurs(node) && node.widgets?.find((widget) => widget.name === "devices");
+      if (!isOurs(node)) return;
+      fitTitle(node);
+      const devices = node.widgets?.find((widget) => widget.name === "devices");
       const wanted = String(valueOf(DEVICES) ?? "").trim();
       if (devices && wanted && wanted !== ALL) devices.value = wanted;
     },

@@ -4,12 +4,13 @@ import { app } from "../../scripts/app.js"; // relative: ComfyUI may be served b
 import { api } from "../../scripts/api.js";
 
 import { t, translateBy } from "./dom.js";
-import { placeOf, writeThreshold } from "./graph.js";
+import { placeOf, refusal, writeThreshold } from "./graph.js";
 import { Panel } from "./panel.js";
 import { found } from "./settings.js";
 import { Store } from "./store.js";
 
 const STATE = "skein.state";
+const STYLES = ["./style.css", "./charts.css"];
 
 /** The JSON answer of one of Skein's routes; a refusal is thrown with the server's sentence. */
 async function ask(path, options) {
@@ -73,6 +74,8 @@ const actions = {
     return t("{name}.json and .png are in the downloads.", { name });
   },
 
+  refusal,
+
   async apply(run, threshold) {
     return writeThreshold(run, threshold);
   },
@@ -120,10 +123,12 @@ app.registerExtension({
     },
   ],
   async setup() {
-    const style = document.createElement("link");
-    style.rel = "stylesheet";
-    style.href = new URL("./style.css", import.meta.url).href;
-    document.head.append(style);
+    for (const file of STYLES) {
+      const style = document.createElement("link");
+      style.rel = "stylesheet";
+      style.href = new URL(file, import.meta.url).href;
+      document.head.append(style);
+    }
     api.addEventListener(STATE, receive);
     api.addEventListener("execution_start", runStarts);
     api.addEventListener("reconnecting", () => store.lost());

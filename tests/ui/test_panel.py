@@ -8,6 +8,8 @@ from comfy_page import CACHE, SLOW, WIDGET, ComfyPage, demo_workflow
 from pack import ROOT
 from playwright.sync_api import expect
 
+import workflows
+
 DECIDE = """async (run) => {
   const { estimate, speedupOf } = await import('/extensions/skein/estimate.js');
   const own = estimate(run, run.calls[0].threshold);
@@ -17,6 +19,8 @@ ESTIMATE_EACH = """async (pairs) => {
   const { estimate } = await import('/extensions/skein/estimate.js');
   return pairs.map(([run, threshold]) => estimate(run, threshold).reused);
 }"""
+SPEED_UP = "SkeinSpeedUp"
+ACTIVITY = re.compile(r'\b(?:activity|within)\("([^"]+)"\)')
 FACTOR = re.compile(r"\d+\.\d\dx")
 
 
@@ -24,17 +28,30 @@ def recorded(run):
     return [call["reused"] for call in run["calls"]]
 
 
-def test_a_run_is_followed_and_its_threshold_tried(browser, ui_server):
+def without_runs(route):
+    """Let a page read the status as it is before the first run."""
+    answer = route.fetch()
+    route.fulfill(response=answer, json={**answer.json(), "runs": [], "sparse": []})
+
+
+def test_before_the_first_run_the_panel_says_how_to_begin(browser, ui_server):
     with ComfyPage(browser, ui_server) as comfy:
-        comfy.open_workflow(demo_workflow())
+        comfy.page.route("**/skein/status", without_runs)
         comfy.open_panel()
         expect(comfy.panel.get_by_text("No run yet")).to_be_visible()
+        expect(comfy.panel.get_by_text(workflows.TEMPLATES["skein_demo"].title)).to_be_visible()
         comfy.screenshot("empty")
+        assert comfy.complaints() == []
 
+
+def test_a_run_is_followed_and_its_threshold_tried(browser, ui_server):
+    with ComfyPage(browser, ui_server) as comfy:
+        comfy.open_workflow(demo_workflow(seed=3))
+        comfy.open_panel()
         comfy.queue()
+        comfy.wait_for_state("running")
         comfy.wait_for_points(3)
         seen = [comfy.points]
-        comfy.wait_for_state("running")
         assert len(FACTOR.findall(comfy.panel.inner_text())) == 1
         comfy.wait_for_points(seen[0] + 3)
         seen.append(comfy.points)
@@ -190,6 +207,7 @@ def test_the_vue_renderer_and_both_themes(browser, ui_server, palette):
         comfy.open_workflow(demo_workflow(seed=60 + len(palette)))
         comfy.open_panel()
         comfy.queue()
+        comfy.wait_for_state("running")  # else the run before is seen
         comfy.wait_for_state("finished")
         write_threshold(comfy, 0.123)
         assert comfy.widget() == 0.123
@@ -270,6 +288,7 @@ def test_a_threshold_that_comes_from_another_node_is_not_written(browser, ui_ser
         comfy.open_workflow(demo_workflow(seed=8))
         comfy.open_panel()
         comfy.queue()
+        comfy.wait_for_state("running")  # else the run before is seen
         comfy.wait_for_state("finished")
         comfy.page.evaluate(LINK_THRESHOLD, [CACHE, WIDGET])
         before = comfy.widget()
@@ -288,6 +307,7 @@ def test_only_the_workflow_that_ran_is_written_into(browser, ui_server, prompt):
         ran = comfy.page.evaluate(SERIALIZED)
         comfy.open_panel()
         comfy.queue()
+        comfy.wait_for_state("running")  # else the run before is seen
         comfy.wait_for_state("finished")
         comfy.open_workflow(demo_workflow(seed=10))
         write_threshold(comfy, 0.11)
@@ -303,6 +323,26 @@ def test_only_the_workflow_that_ran_is_written_into(browser, ui_server, prompt):
         write_threshold(comfy, 0.13)
         expect(comfy.panel.get_by_text("sent by a program")).to_be_visible()
         assert comfy.widget() == 0.12 and comfy.complaints() == []
+
+
+def test_no_threshold_is_offered_for_speed_up(browser, ui_server):
+    """It chooses the threshold itself, and has no widget for one."""
+    workflow = demo_workflow(seed=11)
+    node = next(node for node in workflow["nodes"] if node["type"] == CACHE)
+    node.update(type=SPEED_UP, widgets_values=["balanced", "all"])
+    node["inputs"] = [each for each in node["inputs"] if each["name"] == "model"]
+    with ComfyPage(browser, ui_server) as comfy:
+        comfy.open_workflow(workflow)
+        comfy.open_panel()
+        comfy.queue()
+        comfy.wait_for_state("running")
+        comfy.wait_for_state("finished")
+        comfy.move_slider(0.14)
+        write = comfy.panel.get_by_role("button", name="Write 0.14 into the node")
+        expect(write).to_be_disabled()
+        expect(write).to_have_attribute("title", "Add First-Block Cache after Speed Up to set a threshold.")
+        comfy.screenshot("speed-up")
+        assert comfy.complaints() == []
 
 
 def test_behind_another_tab_of_the_bottom_panel_nothing_is_sent(browser, ui_server):
@@ -331,3 +371,10 @@ def test_the_panel_and_the_nodes_in_chinese(browser, ui_server):
         shown = comfy.page.evaluate("(type) => LiteGraph.registered_node_types[type].title", CACHE)
         assert names[CACHE]["display_name"] in [shown, *titles]
         assert comfy.complaints() == []
+
+
+def test_every_activity_that_is_told_has_a_translation():
+    sources = [path.read_text() for path in ROOT.glob("*.py")] + [path.read_text() for path in ROOT.glob("[a-z]*/*.py")]
+    told = {text for source in sources for text in ACTIVITY.findall(source)}
+    chinese = json.loads((ROOT / "locales" / "zh" / "main.json").read_text())["skein"]
+    assert len(told) >= 5 and told <= chinese.keys()
