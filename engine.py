@@ -110,7 +110,7 @@ def _followed(choice: Choice, preset: PresetConfig | None, guider, given: dict) 
     without = [f"Without {conflicts.NAMES[name]}: {why}" for name, why in choice.left_out.items()]
     if not plan.techniques or steps < 1:
         yield given.get("callback")
-        say("\n".join([words(plan), *without]))
+        say(_lines(words(plan), *without))
         return
     try:
         job, size = job_of(plan, guider, shape, given["sampler"], world_of(plan)), expected_bytes(plan, patcher, shape)
@@ -128,7 +128,12 @@ def _followed(choice: Choice, preset: PresetConfig | None, guider, given: dict) 
         yield pace.around_callback(given.get("callback"))
     came = f"{chosen}: {outcome(pace.finish())}"
     logger.info("Skein: %s", came)
-    say("\n".join([came, *live.notes().values(), *without]))
+    say(_lines(came, *live.notes().values(), *without))
+
+
+def _lines(first: str, *others: str) -> str:
+    """Several things to say on a node. The dashes stand between them where a page shows line breaks as spaces."""
+    return "\n- ".join([first, *others])
 
 
 def _warn_of_memory(plan: Plan, patcher: "ModelPatcher", latent: tuple[int, ...]) -> None:

@@ -106,7 +106,7 @@ def test_where_nothing_can_work_the_run_goes_on_and_the_node_says_why(shown):
     assert relative_error(sample(compiled, TEXT, **SMALL), expected) < 1e-5
     said = shown[-1][1].splitlines()
     assert said[0] == "nothing: the model runs as ComfyUI has it"
-    assert "compiles the whole model" in said[1] and said[1].startswith("Without Attention: ")
+    assert "compiles the whole model" in said[1] and said[1].startswith("- Without Attention: ")
     sample(sped_up(stock, "low memory", node_id="7"), TEXT, **SMALL)
     assert shown[-1][1].startswith("Attention, FP8 Quantize, First-Block Cache at 0.06: 6 steps in ")
 

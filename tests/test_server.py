@@ -171,4 +171,4 @@ def test_all_nodes_at_once(server, prompt, cfg):
     video = frames(server, graph, events.append)
     assert abs(video - frames(server, stock)).mean() < 0.03
     said = {e["data"]["node"]: e["data"]["text"] for e in events if e["type"] == "progress_text"}
-    assert "GB" in said["SkeinFP8Quantize"] and "compiled" in said["SkeinCompile"] and "runs" in said["SkeinAttention"]
+    assert "MB" in said["SkeinFP8Quantize"] and "compiled" in said["SkeinCompile"] and "runs" in said["SkeinAttention"]

@@ -30,6 +30,7 @@ FILES = {  # the inputs that name files which are not on this machine; all nodes
     "hunyuan_video_t2v_fast": TEXT_TO_VIDEO,
     "hunyuan_video_t2v_lora_fast": [*TEXT_TO_VIDEO, ("LoraLoaderModelOnly", "lora_name")],
     "hunyuan_video_t2v_sparse": TEXT_TO_VIDEO,
+    "hunyuan_video_t2v_speed_up": TEXT_TO_VIDEO,
     "mochi_t2v_fast": [MODEL, ONE_ENCODER, VAE],
     "qwen_image_fast": [MODEL, ONE_ENCODER, VAE],
     "sd35_large_fast": [("CheckpointLoaderSimple", "ckpt_name"), *THREE_ENCODERS],
