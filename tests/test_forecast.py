@@ -48,6 +48,12 @@ def test_a_step_in_which_something_is_compiled_is_none_of_the_others():
     assert times.times[0].step == pytest.approx(2) and times.times[0].before == pytest.approx(38)
 
 
+def test_dense_steps_before_sparse_ones_are_no_outliers():
+    times = Times()
+    times.add(JOB, [30.0, 3.0, 3.0, *[1.0] * 12])
+    assert times.times[0].step == pytest.approx(18 / 14)
+
+
 @pytest.mark.parametrize("reused", [1, 2, 3, 4, 5])
 def test_steps_that_the_cache_has_left_to_compute_are_no_outliers(reused):
     """Of eight after the first."""
