@@ -138,7 +138,8 @@ def _of_fp8(case: Case, plan: Plan) -> str | None:
         return None
     if not case.fits(replace(plan, fp8=None)):
         return None
-    return "this device computes no faster in FP8, and the model fits without."
+    on_gpu = case.patcher.load_device.type == "cuda"
+    return "this GPU computes no faster in FP8, and the model fits without." if on_gpu else ""
 
 
 def _of_parallel(case: Case, _plan: Plan) -> str | None:
