@@ -287,8 +287,8 @@ def test_odd_runs_are_shown(browser, ui_server):
 
 
 def test_the_store_replaces_by_id_and_keeps_the_last(browser, ui_server):
-    runs = [{"id": f"run{i}", "version": i + 1, "started": i, "calls": []} for i in range(20)]
-    again = {**runs[5], "version": 21, "calls": [{"step": 0}], "ended": True}
+    runs = [{"id": f"run{i}", "version": i + 1, "started": i, "calls": []} for i in range(54)]
+    again = {**runs[5], "version": 55, "calls": [{"step": 0}], "ended": True}
     with ComfyPage(browser, ui_server) as comfy:
         kept = comfy.page.evaluate(FOLLOW, [*runs, again])
         assert kept == [runs[4], again, *runs[6:]]
