@@ -7,12 +7,8 @@ factors were fitted to peaks measured on a GPU (bench/memory.py prints both besi
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import comfy.model_management as memory
-from torch import nn
-
 from .models import Network
 from .plan import Plan
-from .quantization import saved_bytes
 
 # Hidden states (tokens x width values) that a call holds at its peak, by how the blocks run.
 EAGER, COMPILED, COMPILED_FP8 = 14.2, 15.7, 13.3
@@ -67,11 +63,6 @@ def work_bytes(load: Load, plan: Plan, world: int = 1) -> float:
 def room_bytes(load: Load, plan: Plan, world: int = 1) -> float:
     """Bytes that must be free on each of `world` GPUs before a call."""
     return SPARE * work_bytes(load, plan, world)
-
-
-def weight_bytes(model: nn.Module, plan: Plan) -> float:
-    """Bytes of a model's weights under a plan, wherever they are."""
-    return memory.module_size(model) - (saved_bytes(model, plan.fp8) if plan.fp8 is not None else 0)
 
 
 def advice(load: Load, plan: Plan, total: float, world: int = 1) -> str:

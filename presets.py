@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.model_management as memory
 import torch
+from torch import nn
 
 from . import conflicts, needs
-from .estimate import Load, weight_bytes, work_bytes
+from .estimate import Load, work_bytes
 from .models import Network
 from .patchers import own_network
 from .plan import (
@@ -27,7 +28,7 @@ from .plan import (
     SparseConfig,
     device_names,
 )
-from .quantization import computes_in_fp8, is_quantized
+from .quantization import computes_in_fp8, is_quantized, saved_bytes
 from .workers import visible_devices
 from .workers.environment import machines
 from .workers.recipe import export_patches, recipe_of
@@ -182,6 +183,11 @@ def _fit_cache(choice: Choice, case: Case) -> None:
 def world_of(plan: Plan) -> int:
     """How many devices a plan samples on."""
     return 1 if plan.parallel is None else len(visible_devices(plan.parallel.device_names)) * machines()[0]
+
+
+def weight_bytes(model: nn.Module, plan: Plan) -> float:
+    """Bytes of a model's weights under a plan, wherever they are."""
+    return memory.module_size(model) - (saved_bytes(model, plan.fp8) if plan.fp8 is not None else 0)
 
 
 def expected_bytes(plan: Plan, patcher: "ModelPatcher", latent: Sequence[int]) -> float | None:
