@@ -3,7 +3,7 @@
 import comfy.model_management
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, live, routes
+from . import demo, processes, routes
 from .nodes.attention import AttentionNode
 from .nodes.cache import FirstBlockCacheNode
 from .nodes.compile import CompileNode
@@ -24,7 +24,7 @@ class SkeinExtension(ComfyExtension):
     async def on_load(self) -> None:
         demo.accept_old_prompts()
         routes.register(release, in_use)
-        live.starts_on(comfy.model_management.get_torch_device())
+        processes.own.device = str(comfy.model_management.get_torch_device())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -6,10 +6,9 @@ puts the old options back when sampling ends, however it ends. Nothing outlives 
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management as memory
@@ -17,18 +16,18 @@ import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from . import conflicts, live, needs
-from .estimate import Load, advice
+from .estimate import advice
 from .files import files_of
-from .forecast import job_of
+from .footprint import load_of, world_of
 from .latents import some_values
 from .models import Network, Seam
-from .pace import Pace, expectation, outcome
+from .pace import followed
 from .parallel import Mesh
 from .patchers import PLAIN_KEY, TWIN_KEY, keep, own_network, take_off_others
-from .plan import MODEL_DEFAULT, PLAN_KEY, Plan, PresetConfig
-from .presets import Choice, expected_bytes, resolve, wanted, words, world_of
+from .plan import MODEL_DEFAULT, PLAN_KEY, Plan
+from .presets import resolve, wanted
 from .quantization import is_quantized
-from .report import note, show
+from .report import note
 from .techniques import TECHNIQUES, Sampling, delegating, evaluations
 
 if TYPE_CHECKING:
@@ -43,9 +42,7 @@ def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
     Raises ValueError where it is already known that sampling under these fields would be refused.
     """
     plan = _with_threshold(replace(plan_of(patcher), **changes), patcher)
-    needs.require(plan, changes.keys() & set(plan.techniques), patcher)
-    if "preset" in changes:
-        Network(own_network(patcher))  # refuses a model that Skein does not know
+    needs.require(plan, changes.keys() & {*plan.techniques, "preset"}, patcher)
     files_of(patcher)  # noted while they are what ComfyUI has just loaded
     clone = patcher.clone()
     clone.set_attachments(PLAN_KEY, plan)
@@ -88,7 +85,7 @@ def _outer_sample(executor, *args, **kwargs):
     choice, noise = resolve(asked, guider, given["noise"].shape), given["noise"]
     with (
         live.sampling(choice.plan.techniques, guider.model_patcher.load_device),
-        _followed(choice, asked.preset, guider, given) as callback,
+        followed(choice, asked.preset, guider, given) as callback,
         applied(choice.plan, guider),
     ):
         _warn_of_memory(choice.plan, guider.model_patcher, noise.shape)
@@ -101,49 +98,12 @@ def _outer_sample(executor, *args, **kwargs):
         return latent
 
 
-@contextmanager
-def _followed(choice: Choice, preset: PresetConfig | None, guider, given: dict) -> Iterator[Callable | None]:
-    """Within: the steps are followed; yields the sampler's callback for that. What is expected and what came is said on
-    the node of the preset, if there is one, and in the panel."""
-    plan, patcher, shape, steps = choice.plan, guider.model_patcher, given["noise"].shape, len(given["sigmas"]) - 1
-    say = partial(show, None if preset is None else preset.node_id)
-    without = [f"Without {conflicts.NAMES[name]}: {why}" for name, why in choice.left_out.items()]
-    if not plan.techniques or steps < 1:
-        yield given.get("callback")
-        say(_lines(words(plan), *without))
-        return
-    try:
-        job, size = job_of(plan, guider, shape, given["sampler"], world_of(plan)), expected_bytes(plan, patcher, shape)
-    except ValueError:  # a model that Skein does not know; applied() says why not, and what to do
-        yield given.get("callback")
-        return
-    pace = Pace(job, steps, patcher.load_device, say)
-    forecast, chosen = pace.forecast, words(plan)
-    if forecast is None:
-        live.expect(None, "", size, steps)
-    else:
-        live.expect(forecast.seconds, forecast.source, size, steps)
-    say(f"{chosen}: {expectation(forecast, size)}")
-    with live.telling_activity(say):
-        yield pace.around_callback(given.get("callback"))
-    came = f"{chosen}: {outcome(pace.finish())}"
-    logger.info("Skein: %s", came)
-    say(_lines(came, *live.notes().values(), *without))
-
-
-def _lines(first: str, *others: str) -> str:
-    """Several things to say on a node. The dashes stand between them where a page shows line breaks as spaces."""
-    return "\n- ".join([first, *others])
-
-
 def _warn_of_memory(plan: Plan, patcher: "ModelPatcher", latent: tuple[int, ...]) -> None:
     """Say beforehand that a size is too large for a GPU. ComfyUI may still find a way, so nothing is refused."""
-    device, dtype = patcher.load_device, patcher.model.get_dtype_inference()
-    packed = len(latent) < 4  # several streams of tokens in one, of which the shape says nothing
-    if device.type != "cuda" or not plan.techniques or packed:
+    if patcher.load_device.type != "cuda" or not plan.techniques:
         return
-    load = Load.of(Network(patcher.model.diffusion_model), latent, dtype.itemsize)
-    text = advice(load, plan, memory.get_total_memory(device), world_of(plan))
+    load = load_of(patcher, latent)
+    text = "" if load is None else advice(load, plan, memory.get_total_memory(patcher.load_device), world_of(plan))
     if text:
         logger.warning("Skein: %s", text)
         note("memory", text)

@@ -29,24 +29,28 @@ _version = int(1000 * time.time())  # so that it is higher than before a restart
 _told = _version  # what listeners know
 _scheduled = False
 _due = 0.0
+_news: Callable[[int], dict] | None = None
 
 
-def changed(news: Callable[[int], dict], *runs: Any) -> None:
-    """Something has changed, also these runs. From any thread; costs next to nothing where nobody listens.
+def tell(news: Callable[[int], dict]) -> None:
+    """From now on make messages so: JSON-ready, with what has changed since a version."""
+    global _news
+    _news = news
 
-    news: makes a message, JSON-ready, with what has changed since a version.
-    """
+
+def changed(*runs: Any) -> None:
+    """Something has changed, also these runs. From any thread; costs next to nothing where nobody listens."""
     global _version, _told, _scheduled
     with lock:
         _version += 1
         for run in runs:
             run.version = _version
         server = listened_to()
-        if server is None:
+        if server is None or _news is None:
             _told = _version
         elif not _scheduled:
             _scheduled = True
-            server.loop.call_soon_threadsafe(_send_when_due, server, news)
+            server.loop.call_soon_threadsafe(_send_when_due, server)
 
 
 def version() -> int:
@@ -70,12 +74,12 @@ def listened_to() -> Any:
     return host.server() if _listeners else None
 
 
-def _send_when_due(server: Any, news: Callable[[int], dict]) -> None:
+def _send_when_due(server: Any) -> None:
     """On the server's loop: now, or as soon as a message may be sent again."""
-    server.loop.call_later(max(_due - time.monotonic(), 0.0), _send, server, news)
+    server.loop.call_later(max(_due - time.monotonic(), 0.0), _send, server)
 
 
-def _send(server: Any, news: Callable[[int], dict]) -> None:
+def _send(server: Any) -> None:
     global _scheduled, _told, _due
     started = time.monotonic()
     with lock:
@@ -83,7 +87,7 @@ def _send(server: Any, news: Callable[[int], dict]) -> None:
             if server.sockets.get(client_id) is not connection:  # gone, or come back: it has to ask again
                 del _listeners[client_id]
         clients = list(_listeners)
-        message = news(_told) if clients else {}
+        message = _news(_told) if clients and _news else {}
         _scheduled, _told = False, _version
     for client_id in clients:
         server.send_sync(STATE, message, client_id)

@@ -31,7 +31,7 @@ KEPT_TIMES = 200
 FIRST, SIZE, AGAIN = "first", "size", "again"
 SIZE_PART = 0.25  # of what came before a first run, where it is not known of a second size; it was 0.1 to 0.3
 COMPILED = '"compile"'  # in a job's techniques
-OUTLIER = 4.0  # times most others. A step with dense attention takes up to 3 times one with sparse attention
+OUTLIER = 4.0  # times most others. A dense step takes 2.5 times a sparse one (docs/BENCHMARKS.md)
 MEASURED, SCALED = "measured", "scaled"  # the source of a forecast: a run of this size, or of another one
 
 

@@ -4,7 +4,6 @@ Each change is marked (`_mark`), and soon after listeners get a message with wha
 is all of it. Changes come from the sampling thread and from those of the worker group, messages from the server's.
 """
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,33 +13,13 @@ from typing import Any
 
 import torch
 
-from . import devices, events, host
+from . import events, host, processes
 from .activities import Activities, Progress
+from .processes import TEXT_LENGTH
 from .runs import Run
 from .sparse_runs import SparseRun
 
 KEPT_RUNS = 50
-LOOK_SECONDS = 1.0  # between two looks at memory and utilisation
-TEXT_LENGTH = 600  # of an error: a message is small
-
-# States of a process. "ended" was asked for, "failed" was not.
-STARTING, LOADING, READY, RUNNING, ENDED, FAILED = "starting", "loading", "ready", "running", "ended", "failed"
-
-
-@dataclass
-class Process:
-    """A process that computes: ComfyUI's own (rank None) or a worker. Bytes, milliseconds, shares of 1."""
-
-    rank: int | None
-    device: str
-    state: str = READY
-    pid: int | None = None
-    memory_used: int | None = None
-    memory_total: int | None = None
-    utilisation: int | None = None  # percent
-    step_ms: float | None = None
-    exchange_share: float | None = None
-    text: str = ""  # why it failed
 
 
 @dataclass
@@ -49,7 +28,7 @@ class Sampling:
 
     expected_s: how long it takes in all, as was thought before (expected_from: "measured" or "scaled", as
     forecast.py has it, or "" for nowhere); expected_end: when it will have ended, in seconds since the epoch, from the
-    steps done once there are two.
+    steps done once there are some.
     activity: what goes on beside model calls, {"text", "part" (of it done, None: unknown), "since"}; None: nothing.
     """
 
@@ -76,14 +55,11 @@ class Sampling:
 _runs: deque[Run] = deque(maxlen=KEPT_RUNS)
 _sparse_runs: deque[SparseRun] = deque(maxlen=KEPT_RUNS)
 _sampling = Sampling()
-_own = Process(None, "cpu", pid=os.getpid())
-_workers: list[Process] = []
 _keep: Callable[[Run | SparseRun], None] | None = None
 _activities = Activities(lambda shown: _show_activity(shown))
 _loading = ExitStack()  # the activity before a sampling's first call
 _tellers: list[Callable[[str], None]] = []
-_last_call = _last_look = 0.0
-_second_step: float | None = None  # when it began, in seconds since the epoch
+_last_call = 0.0
 
 
 def keep_runs(kept: Sequence[Run | SparseRun], keep: Callable[[Run | SparseRun], None]) -> None:
@@ -93,11 +69,6 @@ def keep_runs(kept: Sequence[Run | SparseRun], keep: Callable[[Run | SparseRun],
         _runs.extend(run for run in kept if isinstance(run, Run))
         _sparse_runs.extend(run for run in kept if isinstance(run, SparseRun))
         _keep = keep
-
-
-def starts_on(device: torch.device) -> None:
-    """The device of this process, until it samples."""
-    _own.device = str(device)
 
 
 def snapshot() -> dict:
@@ -112,7 +83,7 @@ def _news(since: int) -> dict:
             "version": events.version(),
             "time": time.time(),
             "sampling": asdict(_sampling),
-            "processes": [asdict(process) for process in _processes()],
+            "processes": [asdict(process) for process in processes.all_processes()],
             "runs": [run.as_dict() for run in _runs if run.version > since],
             "sparse": [run.as_dict() for run in _sparse_runs if run.version > since],
         }
@@ -120,7 +91,7 @@ def _news(since: int) -> dict:
 
 def _mark(*changed: Run | SparseRun) -> None:
     """Something has changed: also these runs."""
-    events.changed(_news, *changed)
+    events.changed(*changed)
     for run in changed:
         if _keep is not None and run.ended and run.calls:
             _keep(run)
@@ -139,13 +110,13 @@ def current_run() -> Run | None:
 @contextmanager
 def sampling(techniques: Sequence[str], device: torch.device) -> Iterator[None]:
     """Within: sampling under a plan with these techniques, in this process or with it as the one that asks."""
-    global _sampling, _last_call, _second_step
+    global _sampling, _last_call
     with events.lock:
-        _last_call, _second_step = 0.0, None
+        _last_call = 0.0
         _sampling = Sampling(True, list(techniques), *host.executing(), started=time.time())
-        _own.device, _own.state = str(device), RUNNING
+        processes.begin(device)
         _loading.enter_context(_activities.within("Loading the model"))  # until the first call
-        look(at_once=True)
+        processes.look(at_once=True)
         _mark()
     error: str | None = None
     try:
@@ -156,13 +127,11 @@ def sampling(techniques: Sequence[str], device: torch.device) -> Iterator[None]:
     finally:
         with events.lock:
             _sampling.running, _sampling.error, _sampling.ended = False, error, time.time()
-            for process in _processes():
-                if process.state in (LOADING, RUNNING):  # workers too
-                    process.state = READY
+            processes.rest()
             _give_up(error)
             _loading.close()
             _activities.in_workers(None)  # an interrupt is not told to them
-            look(at_once=True)
+            processes.look(at_once=True)
             _mark()
             if error is None and _sampling.techniques:
                 host.add_to_metadata("skein", _sums())
@@ -201,56 +170,31 @@ def step(call: Any, run: Callable) -> Any:
         _sampling.calls += 1
         if _last_call:
             _sampling.step_ms = 1000 * (now - _last_call)
-            for process in _processes():
-                if process.state == RUNNING:
-                    process.step_ms = _sampling.step_ms
+            processes.paced(_sampling.step_ms)
         _last_call = now
         _loading.close()
-        look()
+        processes.look()
         _mark()
     return run(call)
 
 
-def look(at_once: bool = False) -> None:
-    """See how full and busy the devices are, once in a while and only for who listens."""
-    global _last_look
-    now = time.monotonic()
-    if not events.listened_to() or (not at_once and now - _last_look < LOOK_SECONDS):
-        return
-    _last_look = now
-    own = devices.memory_of(torch.device(_own.device))
-    if own is not None:
-        _own.memory_used, _own.memory_total = own
-    for process in _processes():
-        if process.state in (ENDED, FAILED):
-            continue
-        used, process.utilisation = devices.load_of(torch.device(process.device))
-        if used is not None:
-            process.memory_used = used
-
-
-def at_step(step: int, steps: int) -> None:
-    """A sampling step begins, counted from 0, of so many."""
-    global _second_step
-    now = time.time()
+def at_step(step: int, steps: int, left: float | None = None) -> None:
+    """A sampling step begins, counted from 0, of so many. left: seconds until the last one ends, None: not known."""
     with events.lock:
-        if step == 1:
-            _second_step = now  # the first step loads and compiles
-        elif step > 1 and _second_step is not None:
-            _sampling.expected_end = now + (now - _second_step) / (step - 1) * (steps - step)
         _sampling.step, _sampling.steps = step, steps
+        if left is not None:
+            _sampling.expected_end = time.time() + left
         _mark()
 
 
-def expect(seconds: float | None, source: str = "", bytes_: float | None = None, steps: int | None = None) -> None:
-    """How long the sampling in progress takes in all, and the memory, as is thought before. source: "measured" or
-    "scaled" (forecast.py)."""
+def expect(seconds: float | None, source: str, size: float | None, steps: int) -> None:
+    """How long the sampling in progress takes in all, the bytes on each device, as is thought before, and its steps.
+    source: "measured" or "scaled" (forecast.py), or "" where seconds are not known."""
     with events.lock:
-        _sampling.expected_s, _sampling.expected_from, _sampling.expected_bytes = seconds, source, bytes_
+        _sampling.expected_s, _sampling.expected_from, _sampling.expected_bytes = seconds, source, size
+        _sampling.steps = steps
         if seconds is not None and _sampling.started is not None:
             _sampling.expected_end = _sampling.started + seconds
-        if steps is not None:
-            _sampling.steps = steps
         _mark()
 
 
@@ -363,58 +307,6 @@ def notes() -> dict[str, str]:
     return dict(_sampling.notes)
 
 
-def workers_started(names: Sequence[str]) -> None:
-    """New workers, on devices such as "0" or "cpu"; in the place of those before."""
-    with events.lock:
-        _workers[:] = [
-            Process(rank, name if name == "cpu" else f"cuda:{name}", STARTING) for rank, name in enumerate(names)
-        ]
-        _mark()
-
-
-def workers_changed(rank: int | None = None, **values: Any) -> None:
-    """Something of one worker, or of all (None), has changed: fields of Process."""
-    with events.lock:
-        for process in _workers:
-            if rank is None or process.rank == rank:
-                for name, value in values.items():
-                    setattr(process, name, value[:TEXT_LENGTH] if isinstance(value, str) else value)
-        _mark()
-
-
-def workers_stand(state: str) -> None:
-    """All workers are in this state now."""
-    if any(process.state != state for process in _workers):
-        workers_changed(state=state)
-
-
-def workers_filled(readings: Sequence[dict]) -> None:
-    """The workers' memory, as they see it."""
-    with events.lock:
-        known = {process.rank: process for process in _workers}
-        for reading in readings:
-            if reading["rank"] in known:
-                process = known[reading["rank"]]
-                process.memory_used, process.memory_total = reading["used"], reading["total"]
-        _mark()
-
-
-def workers_gone(rank: int | None, state: str, text: str = "") -> None:
-    """All workers are gone; `rank` is the one that it began with."""
-    with events.lock:
-        for process in _workers:
-            first = rank is None or process.rank == rank
-            process.state = state if first else ENDED
-            process.text = text[:TEXT_LENGTH] if first else ""
-            process.memory_used = process.utilisation = None
-        _activities.in_workers(None)
-        _mark()
-
-
-def _processes() -> list[Process]:
-    return [_own, *_workers]
-
-
 def sentence(error: BaseException) -> str:
     """An exception in words."""
     name = type(error).__name__
@@ -423,3 +315,6 @@ def sentence(error: BaseException) -> str:
     text = str(error).strip().splitlines()[0] if str(error).strip() else ""
     plain = isinstance(error, (ValueError, RuntimeError)) and text
     return (text if plain else f"{name}: {text}".rstrip(": "))[:TEXT_LENGTH]
+
+
+events.tell(_news)

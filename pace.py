@@ -3,17 +3,26 @@
 Times are the device's. Nothing here waits for it before the run has ended.
 """
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from . import live
-from .forecast import TIMES, Forecast, Job
+from . import conflicts, live
+from .footprint import expected_bytes, world_of
+from .forecast import TIMES, Forecast, Job, job_of
+from .plan import PresetConfig
+from .presets import Choice, words
+from .report import show
 from .stopwatch import Stopwatch
 from .units import bytes_text, seconds_text
+
+logger = logging.getLogger("skein")
 
 SAY_SECONDS = 1.0  # between two lines
 
@@ -52,10 +61,10 @@ class Pace:
         self._stop = self._stopwatch.start()
         self._stopwatch.look()
         done, now = len(self.ended), time.perf_counter()
-        live.at_step(min(done, self.steps - 1), self.steps)
+        left = self.seconds_left()
+        live.at_step(min(done, self.steps - 1), self.steps, left)
         if now - self._said >= SAY_SECONDS and done < self.steps:
             self._said = now
-            left = self.seconds_left()
             soon = "" if left is None else f", about {seconds_text(left)} left"
             self._say(f"step {done + 1} of {self.steps}: {seconds_text(now - self._started)}{soon}")
 
@@ -63,10 +72,10 @@ class Pace:
         """By the steps after the first, once there is one; before that by the forecast."""
         known = [step.ms / 1000 for step in self.ended[1:] if step.ms is not None]
         if known:
-            return (self.steps - len(self.ended)) * sum(known) / len(known)
+            return max(self.steps - len(self.ended), 0) * sum(known) / len(known)
         if self.forecast is None or not self.ended:
             return None
-        return (self.steps - len(self.ended)) * self.forecast.step
+        return max(self.steps - len(self.ended), 0) * self.forecast.step
 
     def finish(self) -> list[float]:
         """After the run's last step: the seconds of each, kept for later forecasts."""
@@ -75,6 +84,45 @@ class Pace:
         if len(seconds) == self.steps:
             TIMES.add(self.job, seconds)
         return seconds
+
+
+@contextmanager
+def followed(
+    choice: Choice, preset: PresetConfig | None, guider: Any, given: Mapping[str, Any]
+) -> Iterator[Callable | None]:
+    """Within: the steps of a guider's run are followed; yields the sampler's callback for that. What is expected and
+    what came is said on the node of the preset, if there is one, and in the panel.
+
+    given: the arguments of the guider's outer_sample, by name.
+    """
+    plan, patcher, callback = choice.plan, guider.model_patcher, given.get("callback")
+    say = partial(show, None if preset is None else preset.node_id)
+    without = [f"Without {conflicts.NAMES[name]}: {why}" for name, why in choice.left_out.items()]
+    steps, chosen = len(given["sigmas"]) - 1, words(plan)
+    job, shape = None, given["noise"].shape
+    with suppress(ValueError):  # a model that Skein does not know: applied() says so, and what to do
+        job = job_of(plan, guider, shape, given["sampler"], world_of(plan)) if plan.techniques and steps > 0 else None
+    if job is None:
+        yield callback
+        say(_lines(chosen, *without))
+        return
+    pace, size = Pace(job, steps, patcher.load_device, say), expected_bytes(plan, patcher, shape)
+    forecast = pace.forecast
+    if forecast is None:
+        live.expect(None, "", size, steps)
+    else:
+        live.expect(forecast.seconds, forecast.source, size, steps)
+    say(f"{chosen}: {expectation(forecast, size)}")
+    with live.telling_activity(say):
+        yield pace.around_callback(callback)
+    came = f"{chosen}: {outcome(pace.finish())}"
+    logger.info("Skein: %s", came)
+    say(_lines(came, *live.notes().values(), *without))
+
+
+def _lines(first: str, *others: str) -> str:
+    """Several things to say on a node. The dashes stand between them where a page shows line breaks as spaces."""
+    return "\n- ".join([first, *others])
 
 
 def expectation(forecast: Forecast | None, size: float | None) -> str:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.model_management as memory
 import torch
-from torch import nn
 
 from . import conflicts, needs
-from .estimate import Load, work_bytes
+from .estimate import advice
+from .footprint import expected_bytes, load_of, world_of
 from .models import Network
 from .patchers import own_network
 from .plan import (
@@ -28,9 +28,7 @@ from .plan import (
     SparseConfig,
     device_names,
 )
-from .quantization import computes_in_fp8, is_quantized, saved_bytes
-from .workers import visible_devices
-from .workers.environment import machines
+from .quantization import computes_in_fp8, is_quantized
 from .workers.recipe import export_patches, recipe_of
 
 if TYPE_CHECKING:
@@ -105,12 +103,15 @@ class Case:
         self.network = Network(own_network(self.patcher))
         self.total = memory.get_total_memory(self.patcher.load_device)
 
-    def fits(self, plan: Plan, weights: bool = True) -> bool:
-        """Whether each device has room for a run under a plan, with the model's weights or without."""
+    def fits(self, plan: Plan) -> bool:
+        """Whether each device has room for a run under a plan and the model's weights."""
         need = expected_bytes(plan, self.patcher, self.latent)
-        if need is None:
-            return True
-        return need - (0 if weights else weight_bytes(self.patcher.model, plan)) <= self.total
+        return need is None or need <= self.total
+
+    def fits_without_weights(self, plan: Plan) -> bool:
+        """Whether each device has room for a run under a plan, be the weights wherever they are."""
+        load = load_of(self.patcher, self.latent)
+        return load is None or not advice(load, plan, self.total, world_of(plan))
 
 
 def _refused(plan: Plan, name: str, guider: Any) -> str | None:
@@ -175,28 +176,9 @@ def _fit_cache(choice: Choice, case: Case) -> None:
         choice.plan = replace(choice.plan, cache=replace(choice.plan.cache, order=order))
         if case.fits(choice.plan):
             return
-    if not case.fits(choice.plan, weights=False):
+    if not case.fits_without_weights(choice.plan):
         choice.plan = replace(choice.plan, cache=None)
         choice.left_out["cache"] = "there is no memory for it at this size."
-
-
-def world_of(plan: Plan) -> int:
-    """How many devices a plan samples on."""
-    return 1 if plan.parallel is None else len(visible_devices(plan.parallel.device_names)) * machines()[0]
-
-
-def weight_bytes(model: nn.Module, plan: Plan) -> float:
-    """Bytes of a model's weights under a plan, wherever they are."""
-    return memory.module_size(model) - (saved_bytes(model, plan.fp8) if plan.fp8 is not None else 0)
-
-
-def expected_bytes(plan: Plan, patcher: "ModelPatcher", latent: Sequence[int]) -> float | None:
-    """Bytes that a run needs on each device: the weights and what sampling takes. None where a latent is several packed
-    into one, whose shape says nothing."""
-    if len(latent) < 4:
-        return None
-    load = Load.of(Network(own_network(patcher)), latent, patcher.model.get_dtype_inference().itemsize)
-    return weight_bytes(patcher.model, plan) + work_bytes(load, plan, world_of(plan))
 
 
 def words(plan: Plan) -> str:

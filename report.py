@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from . import events, host, live
+from . import events, host, live, processes
 from .latents import SAME, difference, some_values
 from .plan import CacheConfig, Plan, SparseConfig
 from .runs import Call, Run
@@ -155,7 +155,7 @@ def memory(readings: list[dict]) -> None:
     """Tell of the workers' memory: of each its rank, and the bytes used and in all."""
     if _deliver is not None:
         return _deliver("filled", {"readings": readings})
-    live.workers_filled(readings)
+    processes.filled(readings)
 
 
 def _run_of(data: dict) -> Run:

@@ -40,6 +40,19 @@ def run(*command: str | Path) -> None:
         sys.exit(f"[setup] failed: {' '.join(str(part) for part in command)}\nRun the same command again to go on.")
 
 
+def install_tool(home: Path, wanted: str) -> Path:
+    """The folder of the commands of a package that is installed apart from all else; an interrupted installation is
+    begun again."""
+    ready, commands = home / READY, home / "bin"
+    if not (ready.exists() and ready.read_text() == wanted):
+        say(f"installing {wanted}")
+        shutil.rmtree(home, ignore_errors=True)
+        run(sys.executable, "-m", "venv", home)
+        run(commands / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check", wanted)
+        ready.write_text(wanted)
+    return commands
+
+
 def unpack_comfyui(version: str, target: Path) -> Path:
     """ComfyUI's source in `target`; made in a temporary folder beside it, so that it is whole or absent."""
     if (target / "main.py").exists():

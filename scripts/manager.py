@@ -17,22 +17,15 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from dev import READY, ROOT, run, say
+from dev import ROOT, install_tool
 
 HOME = ROOT / ".dev" / "comfyui-manager"
 WANTED = "comfyui-manager==4.2.2"  # what ComfyUI 0.30.0 asks for in its manager_requirements.txt
 
 
 def install_manager() -> Path:
-    """The path of `cm-cli`; an interrupted installation is begun again."""
-    ready, tool = HOME / READY, HOME / "bin" / "cm-cli"
-    if not (ready.exists() and ready.read_text() == WANTED and tool.exists()):
-        say(f"installing {WANTED}")
-        shutil.rmtree(HOME, ignore_errors=True)
-        run(sys.executable, "-m", "venv", HOME)
-        run(HOME / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check", WANTED)
-        ready.write_text(WANTED)
-    return tool
+    """The path of `cm-cli`."""
+    return install_tool(HOME, WANTED) / "cm-cli"
 
 
 def repository() -> str:

@@ -195,7 +195,7 @@ def test_what_goes_on_beside_model_calls(told):
     assert shown() is None
 
 
-def test_the_end_is_expected_from_the_steps_that_are_done(told, monkeypatch):
+def test_the_end_is_expected_by_what_is_known_of_the_steps(told, monkeypatch):
     """First from what was said before, then from all steps but the first, which loads and compiles."""
     clock = types.SimpleNamespace(now=1000.0)
     monkeypatch.setattr(
@@ -207,12 +207,12 @@ def test_the_end_is_expected_from_the_steps_that_are_done(told, monkeypatch):
     )
     ends = []
     with live.sampling(["cache"], torch.device("cpu")):
-        live.expect(60.0, "measured", 2e10, steps=10)
-        for step, now in enumerate((1010.0, 1040.0, 1042.0, 1046.0)):
+        live.expect(60.0, "measured", 2e10, 10)
+        for step, (now, left) in enumerate(((1010.0, None), (1040.0, None), (1042.0, 16.0), (1046.0, 21.0))):
             clock.now = now
-            live.at_step(step, 10)
+            live.at_step(step, 10, left)
             ends.append(told[-1]["sampling"]["expected_end"])
-    assert ends == [1060.0, 1060.0, 1042 + 2 * 8, 1046 + 3 * 7]
+    assert ends == [1060.0, 1060.0, 1058.0, 1067.0]
     sampling = told[-1]["sampling"]
     assert (sampling["expected_s"], sampling["expected_from"], sampling["expected_bytes"]) == (60.0, "measured", 2e10)
     assert (sampling["step"], sampling["steps"], sampling["ended"]) == (3, 10, 1046.0)

@@ -106,7 +106,7 @@ def test_a_file_that_is_broken_is_written_anew(tmp_path, monkeypatch, caplog, co
 
 def test_the_steps_of_a_run_are_told_and_timed(tiny_model, monkeypatch):
     told, expected = [], []
-    monkeypatch.setattr(live, "at_step", lambda step, steps: told.append((step, steps)))
+    monkeypatch.setattr(live, "at_step", lambda step, steps, left: told.append((step, steps)))
     monkeypatch.setattr(live, "expect", lambda *values: expected.append(values))
     seen = []
     model = engine.edit(tiny_model, attention=AttentionConfig())

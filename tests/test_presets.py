@@ -5,9 +5,10 @@ import sys
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from skein import engine, presets
+from skein import engine, pace, presets
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
+from skein.footprint import expected_bytes
 from skein.plan import AttentionConfig, CacheConfig, FP8Config, ParallelConfig, Plan, PresetConfig, SparseConfig
 from skein.report import recent_runs
 from small_models import random_hunyuan_video
@@ -36,7 +37,7 @@ def chosen(model, latent=SMALL["shape"]):
 def shown(monkeypatch):
     """What is shown on nodes, in order."""
     texts = []
-    monkeypatch.setattr(engine, "show", lambda node, text, about="": texts.append((node, text)))
+    monkeypatch.setattr(pace, "show", lambda node, text, about="": texts.append((node, text)))
     return texts
 
 
@@ -135,7 +136,7 @@ def test_the_cache_keeps_what_fits(tiny_model, monkeypatch):
     needs = {}
     for order in (0, 1, 2):
         plan = Plan(cache=CacheConfig(0.06, order=order), attention=AttentionConfig())
-        needs[order] = presets.expected_bytes(plan, tiny_model, latent)
+        needs[order] = expected_bytes(plan, tiny_model, latent)
     for order, need in needs.items():
         monkeypatch.setattr("comfy.model_management.get_total_memory", lambda device, need=need: need)
         assert chosen(sped_up(tiny_model), latent).plan.cache.order == order

@@ -67,6 +67,7 @@ def test_several_devices(server, prompt):
     try:
         _, said = run(server, graph)
         assert "2 devices: 6 steps in " in said[-1] and "6 model calls: " in said[-1]
+        assert "6 calls on cpu, cpu: " in said[-1]  # what the workers were asked
         assert abs(frames(server, exact(graph)) - one).max() <= 2
     finally:
         server.post("/free", {"unload_models": True, "free_memory": True})

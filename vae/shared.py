@@ -12,7 +12,7 @@ import torch
 from comfy.utils import ProgressBar
 from torch import Tensor
 
-from .. import live
+from .. import processes
 from ..parallel.mesh import split
 from ..workers.environment import machines
 from ..workers.group import Group, group_for, running_group
@@ -120,4 +120,4 @@ def _working(group: Group) -> Iterator[None]:
             yield
     finally:
         if not group.closed:
-            live.workers_stand(live.READY)
+            processes.stand(processes.READY)

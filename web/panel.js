@@ -210,7 +210,7 @@ export class Panel {
     if (sampling.running) return ["", t("Sampling begins; the curve appears with the first model call.")];
     return [
       t("No run yet"),
-      t("Put First-Block Cache (Skein) between the model loader and the sampler, and run."),
+      t("Put Speed Up (Skein) between the model loader and the sampler, and run."),
       t("Or start from a template of this pack: Skein - Demo, no download, no GPU."),
     ];
   }

@@ -33,7 +33,7 @@ export function found(isShown) {
         id: DEVICES,
         category: ["Skein", "Nodes", "Devices"],
         name: "Default devices",
-        tooltip: "What new Context Parallel and VAE Decode, Parallel nodes have as devices: all, or numbers as in 0,1.",
+        tooltip: "The devices of new Speed Up, Context Parallel and VAE Decode, Parallel nodes: all, or numbers as in 0,1.",
         type: "text",
         defaultValue: ALL,
       },

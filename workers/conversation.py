@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any, NoReturn
 
-from .. import live, report
+from .. import processes, report
 from .questions import QUESTIONS
 from .setting import Setting
 from .transport import Channel
@@ -116,7 +116,7 @@ class Conversation:
             with suppress(Refused):
                 self._answers(seconds)
         self.say(kind, value)
-        live.workers_stand(QUESTIONS[kind].state)
+        processes.stand(QUESTIONS[kind].state)
         return self._answers(seconds, progress)
 
     def say(self, kind: str, value: dict) -> None:
@@ -195,7 +195,7 @@ class Conversation:
         if missing:
             self._fail(rank, "error", value)
         self.pending.popleft()
-        live.workers_stand(live.READY)
+        processes.stand(processes.READY)
         raise Refused(ERRORS.get(value["error"], ValueError)(value["words"]))
 
     def _fail(self, rank: int | None, kind: str, value: Any = None) -> NoReturn:

@@ -11,7 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from .. import conflicts, live
+from .. import conflicts, live, processes
 from ..files import LOAD_AGAIN, changes, require_unchanged
 from ..models import OPTIONS, ModelCall, RunModel, Seam
 from ..patchers import KEYS, is_kept, unload
@@ -60,7 +60,7 @@ def delegated(plan: Plan, guider, seam: Seam) -> Iterator[None]:
                 raise
             group.last_run = caller.figures(group.models.end(model))
         for rank, seconds in enumerate(group.last_run["exchange_s"]):
-            live.workers_changed(rank, exchange_share=seconds / max(caller.seconds, 1e-9))
+            processes.changed(rank, exchange_share=seconds / max(caller.seconds, 1e-9))
         show(config.node_id, "; ".join(filter(None, [caller.summary(), what])), "parallel")
     except GroupError as error:
         what = changes(recipe["files"])

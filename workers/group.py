@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .. import live
+from .. import live, processes
 from .conversation import Conversation, Failed, GroupError, Progress, Refused
 from .held import HeldModels, HeldVAE
 from .setting import Setting, launch
@@ -49,7 +49,7 @@ class Group:
         self._log: collections.deque[str] = collections.deque(maxlen=200)
         self._process, channels = launch(setting)
         self.conversation = Conversation(setting, channels, self._process, check_interrupt)
-        live.workers_started(setting.devices)
+        processes.started(setting.devices)
         atexit.register(self.close)
         threading.Thread(target=self._read_log, daemon=True).start()
 
@@ -67,9 +67,9 @@ class Group:
                 if kind == "ready":
                     ready.add(rank)
                     self.pids[rank] = value["pid"]
-                    live.workers_changed(rank, pid=value["pid"])
+                    processes.changed(rank, pid=value["pid"])
                     progress(len(ready) / len(self.setting.devices))
-        live.workers_changed(state=live.READY)
+        processes.changed(state=processes.READY)
 
     def ask(self, kind: str, value: dict) -> Any:
         """Have all workers do something; rank 0's answer, its tensors as views of shared memory. Raises as ask_all."""
@@ -117,7 +117,7 @@ class Group:
     def close(self) -> None:
         """End all workers, now."""
         if not self.closed:
-            live.workers_gone(None, live.ENDED)
+            _gone(None, processes.ENDED)
         self.closed = True
         atexit.unregister(self.close)
         with suppress(OSError):
@@ -140,7 +140,7 @@ class Group:
         except Failed as failed:
             self.close()
             logger.error("Skein workers: the end of their log:\n%s", "\n".join(self._log))
-            live.workers_gone(failed.rank, live.FAILED, failed.said)
+            _gone(failed.rank, processes.FAILED, failed.said)
             if failed.full:
                 raise torch.OutOfMemoryError(f"{failed.who} ran out of memory: {failed.text}") from None
             raise GroupError(
@@ -153,7 +153,13 @@ class Group:
             self._log.append(text)
             logger.log(logging.INFO if text.startswith("[0] Skein") else logging.DEBUG, "%s", text)
         if not self.closed:
-            live.workers_gone(None, live.FAILED, "They have ended by themselves; the next prompt starts new ones.")
+            _gone(None, processes.FAILED, "They have ended by themselves; the next prompt starts new ones.")
+
+
+def _gone(rank: int | None, state: str, text: str = "") -> None:
+    """Tell that the workers are gone; `rank` is the one that it began with."""
+    processes.gone(rank, state, text)
+    live.worker_activity(None)
 
 
 def _runs(pid: int) -> bool:

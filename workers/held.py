@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from .. import live
+from .. import processes
 from ..files import LOAD_AGAIN
 from ..patchers import is_loaded
 from .keeping import Need, lacking, takes_memory
@@ -140,7 +140,7 @@ class HeldModels:
         if not paths:
             return told
         self.forget(held)
-        live.workers_stand(live.READY)
+        processes.stand(processes.READY)
         raise ValueError(
             f"{', '.join(paths)} was written to while Context Parallel's workers had the model's weights in it, which "
             f"are no longer what ComfyUI loaded. {LOAD_AGAIN}"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..live import LOADING, READY, RUNNING
+from ..processes import LOADING, READY, RUNNING
 
 HOUR = 3600.0
 

@@ -1,0 +1,42 @@
+"""The bytes that a run needs on each of its devices: the model's weights, and what sampling takes (estimate.py)."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import comfy.model_management as memory
+from torch import nn
+
+from .estimate import Load, work_bytes
+from .models import Network
+from .patchers import own_network
+from .plan import Plan
+from .quantization import saved_bytes
+from .workers import visible_devices
+from .workers.environment import machines
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+
+def world_of(plan: Plan) -> int:
+    """How many devices a plan samples on."""
+    return 1 if plan.parallel is None else len(visible_devices(plan.parallel.device_names)) * machines()[0]
+
+
+def load_of(patcher: "ModelPatcher", latent: Sequence[int]) -> Load | None:
+    """The size of a model's call on a latent (B, C, ...). None where the latent is several packed into one, whose shape
+    says nothing."""
+    if len(latent) < 4:
+        return None
+    return Load.of(Network(own_network(patcher)), latent, patcher.model.get_dtype_inference().itemsize)
+
+
+def weight_bytes(model: nn.Module, plan: Plan) -> float:
+    """Bytes of a model's weights under a plan, wherever they are."""
+    return memory.module_size(model) - (saved_bytes(model, plan.fp8) if plan.fp8 is not None else 0)
+
+
+def expected_bytes(plan: Plan, patcher: "ModelPatcher", latent: Sequence[int]) -> float | None:
+    """Bytes that a run needs on each device; None where they are not known."""
+    load = load_of(patcher, latent)
+    return None if load is None else weight_bytes(patcher.model, plan) + work_bytes(load, plan, world_of(plan))
