@@ -121,7 +121,7 @@ def followed(
 
 
 def _lines(first: str, *others: str) -> str:
-    """Several things to say on a node. The dashes stand between them where a page shows line breaks as spaces."""
+    """Several things to say on a node: a list to Nodes 2.0, which reads such text as Markdown."""
     return "\n- ".join([first, *others])
 
 

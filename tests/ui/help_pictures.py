@@ -162,7 +162,7 @@ def draw_place(comfy: ComfyPage, name: str, place: Place, said: str) -> Image.Im
     box.wait_for()
     if said:
         page.evaluate(SAY, [str(node), said])
-        box.get_by_text(said).wait_for()
+        box.get_by_text(said.splitlines()[0]).wait_for()
     if place.after:
         page.evaluate(FOLLOW, [node, others[-1], GAP])
     page.mouse.move(900, 700)
