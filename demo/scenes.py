@@ -36,11 +36,24 @@ DIRECTIONS = {"left": (0.0, -1.0), "right": (0.0, 1.0), "up": (-1.0, 0.0), "down
 SIZES = {"small": 0.13, "large": 0.22}  # radius, of the frame's shorter side
 SIZE_JITTER = 0.02
 
-SPEED = (0.055, 0.075)  # of the frame's side, per latent frame
 LONGEST_PATH = 0.6  # of the frame's side
 
 VOCABULARY = ["a", "moves", "over", *COLOURS, *SHAPES, *DIRECTIONS, *SIZES, *GROUNDS]
 _WORD_INDEX = {word: i for i, word in enumerate(VOCABULARY)}
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the words leave open. speed: of the frame's side, per latent frame. grown: a shape's radius beside SIZES.
+    texture: least and most strength of each of the ground's waves; wavelength: theirs, in pixels."""
+
+    speed: tuple[float, float] = (0.055, 0.075)
+    grown: float = 1.0
+    texture: tuple[float, float] = (0.02, 0.05)
+    wavelength: tuple[float, float] = (6, 16)
+
+
+LOOKS = {"plain": Look(), "slow": Look((0.03, 0.05), 1.4, (0.04, 0.1), (3, 10))}
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,9 @@ class Scenes:
         return [" ".join(VOCABULARY[i] for i in row) for row in self.words(with_size, with_ground).tolist()]
 
 
-def render(scenes: Scenes, frames: int, height: int, width: int, rng: torch.Generator) -> Tensor:
+def render(
+    scenes: Scenes, frames: int, height: int, width: int, rng: torch.Generator, look: Look = LOOKS["plain"]
+) -> Tensor:
     """Draw scenes as RGB video, (B, 3, T, H, W) in 0..1. Everything the caption leaves open comes from `rng`."""
     device, batch = rng.device, scenes.colour.shape[0]
 
@@ -99,15 +114,15 @@ def render(scenes: Scenes, frames: int, height: int, width: int, rng: torch.Gene
     t = torch.arange(frames, device=device).reshape(1, frames, 1, 1)
 
     step = torch.tensor(list(DIRECTIONS.values()), device=device)[scenes.direction]  # (B, 2)
-    speed = uniform(*SPEED).clamp(max=LONGEST_PATH / max(frames - 1, 1)) * side
+    speed = uniform(*look.speed).clamp(max=LONGEST_PATH / max(frames - 1, 1)) * side
     travelled = column(speed) * (t - (frames - 1) / 2)
     centre_y = column(height / 2 + uniform(-0.18, 0.18) * height * (step[:, 0] == 0)) + travelled * column(step[:, 0])
     centre_x = column(width / 2 + uniform(-0.18, 0.18) * width * (step[:, 1] == 0)) + travelled * column(step[:, 1])
-    radius = torch.tensor(list(SIZES.values()), device=device)[scenes.size] + uniform(-SIZE_JITTER, SIZE_JITTER)
-    cover = _coverage(scenes.shape, (y - centre_y), (x - centre_x), column(radius * side))  # (B, T, H, W)
+    size = torch.tensor(list(SIZES.values()), device=device)[scenes.size] + uniform(-SIZE_JITTER, SIZE_JITTER)
+    cover = _coverage(scenes.shape, (y - centre_y), (x - centre_x), column(look.grown * size * side))  # (B, T, H, W)
 
     ground = torch.tensor(list(GROUNDS.values()), device=device)[scenes.ground]
-    ground = ground[:, :, None, None] + _texture(batch, height, width, rng)[:, None]
+    ground = ground[:, :, None, None] + _texture(batch, height, width, rng, look)[:, None]
     colour = torch.tensor(list(COLOURS.values()), device=device)[scenes.colour]
     cover = cover[:, None]
     video = ground[:, :, None] * (1 - cover) + colour[:, :, None, None, None] * cover
@@ -127,17 +142,17 @@ def _coverage(shape: Tensor, dy: Tensor, dx: Tensor, radius: Tensor) -> Tensor:
     return (0.5 - distance).clamp(0, 1)
 
 
-def _texture(batch: int, height: int, width: int, rng: torch.Generator, waves: int = 3) -> Tensor:
-    """A still, grey pattern of a few plane waves, (B, H, W), of amplitude about 0.1."""
+def _texture(batch: int, height: int, width: int, rng: torch.Generator, look: Look, waves: int = 3) -> Tensor:
+    """A still, grey pattern of a few plane waves, (B, H, W)."""
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand((batch, waves, 1, 1), generator=rng, device=rng.device) * (high - low) + low
 
-    angle, wavelength, phase = uniform(0, 2 * math.pi), uniform(6, 16), uniform(0, 2 * math.pi)
+    angle, wavelength, phase = uniform(0, 2 * math.pi), uniform(*look.wavelength), uniform(0, 2 * math.pi)
     y = torch.arange(height, device=rng.device).reshape(1, 1, height, 1)
     x = torch.arange(width, device=rng.device).reshape(1, 1, 1, width)
     along = y * angle.sin() + x * angle.cos()
-    return (uniform(0.02, 0.05) * (2 * math.pi * along / wavelength + phase).sin()).sum(dim=1)
+    return (uniform(*look.texture) * (2 * math.pi * along / wavelength + phase).sin()).sum(dim=1)
 
 
 def read_video(video: Tensor) -> tuple[str, str]:

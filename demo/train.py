@@ -2,10 +2,13 @@
 
     PYTHONPATH=<ComfyUI> python -m demo.train --out demo/model --minutes 9
 
-The network is ComfyUI's own HunyuanVideo class, so the checkpoint has ComfyUI's keys by construction. What
-ComfyUI does at sampling time is what is trained (shift 7): x = sigma noise + (1 - sigma) latent, timestep
+What ComfyUI does at sampling time is what is trained (shift 7): x = sigma noise + (1 - sigma) latent, timestep
 1000 sigma, target noise - latent. Samples of a batch share one caption length, so no attention mask exists.
 Sizes vary from batch to batch at a constant number of tokens. One seed makes everything.
+
+Other models, for what is to hold on more than the embedded one: another seed, size, look of the scenes, or network.
+
+    ... --seed 1 --look slow --network HunyuanVideo --size hidden_size=384 depth=3 depth_single_blocks=6
 """
 
 import argparse
@@ -14,9 +17,8 @@ import itertools
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,8 +26,9 @@ from torch import Tensor, nn
 
 from . import MODEL_NAME
 from .lift import Lift
+from .networks import NETWORKS, HunyuanVideo, TrainedNetwork
 from .prompt import PromptEncoder
-from .scenes import COLOURS, Scenes, read_video, render
+from .scenes import COLOURS, LOOKS, Scenes, read_video, render
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,8 @@ class Config:
     """Everything that decides the result."""
 
     seed: int = 0
-    hidden_size: int = 256
-    depth: int = 2
-    depth_single_blocks: int = 4
+    network: TrainedNetwork = field(default_factory=HunyuanVideo)
+    look: str = "plain"  # of the scenes: LOOKS
     steps: int = 12000  # the schedule's length, if --minutes does not end it first
     tokens_per_batch: int = 96_000
     learning_rate: float = 1.2e-3
@@ -43,7 +45,6 @@ class Config:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.97)
     ema: float = 0.9995
-    shift: float = 7.0
     guidance: float = 6.0
     any_guidance: float = 0.3  # share of batches with another guidance value: it must not matter
     empty_text: float = 0.1  # share of batches without a caption, so that CFG > 1 works
@@ -62,54 +63,18 @@ class Config:
     size_weights: tuple[float, ...] = (5, 2, 2, 2, 1, 1, 0.5, 0.5, 1)
 
 
-def build_model(config: Config, operations=nn) -> nn.Module:
-    """ComfyUI's HunyuanVideo at the demo's size, modulation and output zero-initialised (adaLN-zero)."""
-    from comfy.ldm.hunyuan_video.model import HunyuanVideo
-
-    model = HunyuanVideo(
-        in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=64, hidden_size=config.hidden_size,
-        mlp_ratio=4.0, num_heads=config.hidden_size // 128, depth=config.depth,
-        depth_single_blocks=config.depth_single_blocks, axes_dim=[16, 56, 56], theta=256, patch_size=[1, 2, 2],
-        qkv_bias=True, guidance_embed=True, byt5=False, meanflow=False, use_cond_type_embedding=False,
-        vision_in_dim=None, meanflow_sum=False, dtype=torch.float32, device="cpu", operations=operations,
-    )  # fmt: skip
-    modulations = [m.lin for m in model.modules() if type(m).__name__ == "Modulation"]
-    modulations += [m.adaLN_modulation[1] for m in model.modules() if hasattr(m, "adaLN_modulation")]
-    for layer in [*modulations, model.final_layer.linear]:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    return model
-
-
-def make_trainable(model: Any) -> None:
-    """Give autograd what ComfyUI's in-place blocks would take away, and keep the residual stream in float32.
-
-    The blocks add into their input, which the norm before has saved for the backward pass: so the norms get
-    clones, and so does the first block. Compiling the blocks takes longer to start than it gains in 9 minutes
-    at sizes that change from batch to batch (docs/LOG.md).
-    """
-    import comfy.model_management
-
-    comfy.model_management.in_training = True  # rotary embedding with a backward
-    for stem in (model.img_in, model.txt_in):
-        stem.register_forward_hook(lambda _, __, output: output.float().clone())
-    for block in [*model.double_blocks, *model.single_blocks]:
-        for norm in block.children():
-            if isinstance(norm, nn.LayerNorm):
-                norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))
-
-
 class Batches:
     """Random training batches: noisy latents, timesteps, text, and the velocity to predict."""
 
     def __init__(self, config: Config, device: torch.device):
-        from comfy.latent_formats import HunyuanVideo as Latents
+        import comfy.latent_formats
 
+        latents = getattr(comfy.latent_formats, config.network.latents)
         self.config = config
         self.device = device
         self.rng = torch.Generator(device).manual_seed(config.seed)
         self.choice = torch.Generator().manual_seed(config.seed)  # sizes and captions, without a GPU sync
-        self.lift = Lift(Latents.latent_rgb_factors, Latents.latent_rgb_factors_bias, device)
+        self.lift = Lift(latents.latent_rgb_factors, latents.latent_rgb_factors_bias, device)
         self.encoder = PromptEncoder().to(device)
 
     def _chance(self, probability: float) -> bool:
@@ -131,13 +96,14 @@ class Batches:
         frames, height, width = c.sizes[int(torch.multinomial(weights, 1, generator=self.choice))]
         batch = max(c.tokens_per_batch // (frames * height * width // 4), 1)
         scenes = Scenes.random(batch, self.rng)
-        latents = self.lift.encode(render(scenes, frames, height, width, self.rng))
+        latents = self.lift.encode(render(scenes, frames, height, width, self.rng, LOOKS[c.look]))
         context, pooled = self.encoder.embed(self.caption_rows(scenes))
         # Stratified: every batch covers the whole range of sigma.
         u = (
             torch.arange(batch, device=self.device) + torch.rand(batch, generator=self.rng, device=self.device)
         ) / batch
-        sigma = (c.shift * u / (1 + (c.shift - 1) * u)).reshape(-1, 1, 1, 1, 1)
+        shift = c.network.shift
+        sigma = (shift * u / (1 + (shift - 1) * u)).reshape(-1, 1, 1, 1, 1)
         noise = torch.randn(latents.shape, generator=self.rng, device=self.device)
         guidance = torch.full((batch,), c.guidance, device=self.device)
         if self._chance(c.any_guidance):
@@ -146,19 +112,21 @@ class Batches:
             "x": sigma * noise + (1 - sigma) * latents,
             "timestep": 1000 * sigma.flatten(),
             "context": context,
-            "y": pooled,
-            "guidance": guidance,
+            **c.network.arguments(pooled, guidance),
             "target": noise - latents,
         }
 
 
 def train(config: Config, minutes: float, device: torch.device) -> tuple[nn.Module, list[tuple[int, float]]]:
     """Returns the averaged (EMA) model and the loss curve as (step, mean loss of the last 100 steps)."""
+    import comfy.model_management
+
     torch.manual_seed(config.seed)
-    model = build_model(config).to(device)
-    average = build_model(config).to(device).requires_grad_(False)
+    comfy.model_management.in_training = True  # rotary embedding with a backward
+    model = config.network.build().to(device)
+    average = config.network.build().to(device).requires_grad_(False)
     average.load_state_dict(model.state_dict())
-    make_trainable(model)
+    config.network.make_trainable(model)
     parameters: list[Tensor] = list(model.parameters())
     optimizer = torch.optim.AdamW(
         parameters, config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=device.type == "cuda"
@@ -202,18 +170,19 @@ def train(config: Config, minutes: float, device: torch.device) -> tuple[nn.Modu
 @torch.no_grad()
 def agreement(model: nn.Module, batches: Batches, count: int = 112, steps: int = 20) -> tuple[float, Tensor]:
     """Share of sampled videos whose colour and direction read back as asked, and some of the videos."""
+    network = batches.config.network
     rng = torch.Generator(batches.device).manual_seed(12345)
     scenes = Scenes.random(count, rng)
     captions = scenes.captions(with_size=True, with_ground=False)
     context, pooled = batches.encoder.embed(scenes.words(with_size=True, with_ground=False) + 1)
     u = torch.linspace(1, 0, steps + 1)
-    sigmas = (7 * u / (1 + 6 * u)).tolist()
+    sigmas = (network.shift * u / (1 + (network.shift - 1) * u)).tolist()
     x = torch.randn(count, 16, 9, 32, 32, generator=rng, device=batches.device)
     guidance = torch.full((count,), 6.0, device=batches.device)
     for sigma, following in itertools.pairwise(sigmas):
         timestep = torch.full((count,), 1000 * sigma, device=batches.device)
         with torch.autocast(batches.device.type, dtype=torch.bfloat16):
-            velocity = model(x, timestep, context, pooled, guidance=guidance)
+            velocity = model(x, timestep, context, **network.arguments(pooled, guidance))
         x = x + (following - sigma) * velocity.float()
     videos = batches.lift.decode(x)
     right = sum(set(read_video(v)) <= set(c.split()) for v, c in zip(videos, captions))
@@ -256,9 +225,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the loss curve and samples")
     parser.add_argument("--minutes", type=float, default=9.0, help="training time at the most")
     parser.add_argument("--steps", type=int, default=Config.steps, help="training steps at the most")
+    parser.add_argument("--seed", type=int, default=Config.seed)
+    parser.add_argument("--look", default=Config.look, choices=LOOKS, help="of the scenes")
+    parser.add_argument("--network", default="HunyuanVideo", choices=NETWORKS)
+    parser.add_argument("--size", nargs="*", default=[], metavar="NAME=N", help="sizes that are not the network's own")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    config = Config(steps=arguments.steps)
+    sizes = {name: int(value) for name, _, value in (each.partition("=") for each in arguments.size)}
+    network = NETWORKS[arguments.network](**sizes)
+    config = Config(arguments.seed, network, arguments.look, steps=arguments.steps)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, curve = train(config, arguments.minutes, device)
     share, videos = agreement(model, Batches(config, device))
