@@ -1,6 +1,6 @@
-"""How much may be reused at what loss: share of reused calls against PSNR on the embedded model.
+"""How much may be reused at what loss: share of reused calls against PSNR on a trained model, the embedded one.
 
-    make curve            (or: python3 scripts/dev.py -m bench.cache_curve [--quick])
+    make curve            (or: python3 scripts/dev.py -m bench.cache_curve [--quick] [--checkpoint FILE])
 
 For every setting, 12 prompts are sampled with fixed seeds (20 steps euler, CFG 1, 17 frames of 192 x 192), through
 ComfyUI's own sampler in this process, and compared with the uncached result as RGB previews. Core's EasyCache
@@ -28,7 +28,8 @@ import comfyui_version  # noqa: E402
 import torch  # noqa: E402
 from skein import engine  # noqa: E402
 from skein.bench.previews import compare, sampled  # noqa: E402
-from skein.demo.sampling import PROMPTS, load_demo_model  # noqa: E402
+from skein.bench.trained import EMBEDDED, load_trained_model  # noqa: E402
+from skein.demo.sampling import PROMPTS  # noqa: E402
 from skein.plan import CacheConfig  # noqa: E402
 from skein.report import recent_runs  # noqa: E402
 
@@ -109,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"thresholds {QUICK} only")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--checkpoint", type=Path, default=EMBEDDED, help="another that demo/train.py has made")
     parser.add_argument(
         "--no-easycache", action="store_true", help="leave EasyCache out, where ComfyUI's server cannot be imported"
     )
@@ -116,7 +118,7 @@ def main() -> None:
     thresholds = QUICK if options.quick else THRESHOLDS
     started = time.monotonic()
     with torch.inference_mode():
-        model = load_demo_model()
+        model = load_trained_model(options.checkpoint)
         references = sampled(model, options.steps)
         curves: dict[str, list[dict]] = {}
         jobs = [
@@ -140,6 +142,7 @@ def main() -> None:
     result = {
         "prompts": len(PROMPTS),
         "steps": options.steps,
+        "checkpoint": options.checkpoint.parent.name,
         "psnr_mean_at_half": {name: at_share(points, 0.5, "psnr_mean") for name, points in curves.items()},
         "psnr_mean_at_two_thirds": {name: at_share(points, 2 / 3, "psnr_mean") for name, points in curves.items()},
         "psnr_worst_at_half": {name: at_share(points, 0.5, "psnr_worst") for name, points in curves.items()},

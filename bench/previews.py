@@ -1,23 +1,23 @@
-"""Quality on the embedded, trained model: RGB previews of 12 prompts against a reference, with fixed seeds."""
+"""Quality on a trained model: RGB previews of 12 prompts against a reference, with fixed seeds."""
 
 from collections.abc import Callable
 from typing import Any
 
-import comfy.latent_formats
 import numpy
+from comfy.model_patcher import ModelPatcher
 from skein.demo.sampling import PROMPTS, sample
 from skein.demo.video import psnr
 from skein.preview import latent_to_frames
 
 
-def frames(latent) -> numpy.ndarray:
-    return latent_to_frames(latent, comfy.latent_formats.HunyuanVideo()).numpy()
+def frames(latent, model: ModelPatcher) -> numpy.ndarray:
+    return latent_to_frames(latent, model.model.latent_format).numpy()
 
 
-def sampled(model, steps: int, count: int = len(PROMPTS), **arguments: Any) -> list[numpy.ndarray]:
+def sampled(model: ModelPatcher, steps: int, count: int = len(PROMPTS), **arguments: Any) -> list[numpy.ndarray]:
     """Previews of all prompts, or of some. arguments: for demo.sampling.sample, the shape of the latent say."""
     prompts = enumerate(PROMPTS[:count])
-    return [frames(sample(model, prompt, seed=100 + i, steps=steps, **arguments)) for i, prompt in prompts]
+    return [frames(sample(model, prompt, seed=100 + i, steps=steps, **arguments), model) for i, prompt in prompts]
 
 
 def compare(
@@ -31,7 +31,7 @@ def compare(
     qualities = []
     for index, prompt in enumerate(PROMPTS[: len(references)]):
         latent = sample(prepare(model), prompt, seed=100 + index, steps=steps, **arguments)
-        qualities.append(psnr(frames(latent), references[index]))
+        qualities.append(psnr(frames(latent, model), references[index]))
         after_each()
     return {
         "psnr_mean": sum(qualities) / len(qualities),

@@ -62,7 +62,7 @@ def measure(model, name: str, options: argparse.Namespace) -> dict:
         out = sample(cached, prompt, **arguments)
         run = recent_runs()[-1]
         calls, reused = calls + len(run.calls), reused + run.reused
-        qualities.append(psnr(frames(out), frames(stock)))
+        qualities.append(psnr(frames(out, model), frames(stock, model)))
         gains.append(relative_error(sample(faulty(model), prompt, **arguments), stock) / FAULT)
     return {
         "sampler": name,
