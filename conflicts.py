@@ -151,7 +151,7 @@ def _other_cache(guider: Any) -> str | None:
 
 def _multigpu(guider: Any) -> str | None:
     """Copies of the model on other devices, which these techniques do not reach."""
-    return "ComfyUI's MultiGPU node" if guider.model_patcher.get_additional_models_with_key("multigpu") else None
+    return "ComfyUI's MultiGPU CFG Split" if guider.model_patcher.get_additional_models_with_key("multigpu") else None
 
 
 def _injections(guider: Any) -> str | None:
@@ -169,7 +169,7 @@ def _own_methods(guider: Any) -> str | None:
                 continue
             known = name in LEFT or f"{path}.{name}".lstrip(".") in put_on or is_own_method(module, name, value)
             if not known:
-                return f"a {name} of its own on the model's {type(module).__name__}"
+                return f"the {name} of the model's {type(module).__name__}"
     return None
 
 
@@ -202,7 +202,9 @@ def _replaced_part(guider: Any) -> str | None:
 
 
 def _hooks(guider: Any) -> str | None:
-    return "hooks" if guider.model_patcher.weight_wrapper_patches or guider.model_patcher.hook_patches else None
+    patcher = guider.model_patcher
+    hooks = patcher.weight_wrapper_patches or patcher.hook_patches
+    return "hooks (a scheduled LoRA, say)" if hooks else None
 
 
 def _code_of_options(options: dict) -> str | None:
@@ -250,13 +252,13 @@ CONFLICTS = (
     Conflict(
         (SECOND_MODEL,),
         _own_methods,
-        "Another node has put {found}, with which {technique} cannot work; remove one of them.",
+        "Another node has replaced {found}, with which {technique} cannot work; remove one of them.",
     ),
     Conflict(
         (SECOND_MODEL,),
         _holding_patch,
-        "Another node has replaced {found} by what holds the model, with which {technique} cannot work; remove one of "
-        "them.",
+        "Another node has replaced {found} by an object with the model in it, with which {technique} cannot work; "
+        "remove one of them.",
     ),
     Conflict(("parallel",), _replaced_part, AWAY),
     Conflict(("parallel",), _hooks, AWAY),

@@ -150,7 +150,7 @@ def _put_on(seam: Seam, guider, only: str) -> None:
             with seam.on(network):
                 return execute(*args, **kwargs)
         if only:
-            raise ValueError(f"{only} cannot work where a guider has two models; remove it from the first one.")
+            raise ValueError(f"{only} cannot work where a guider has two models; remove {only} from the first one.")
         return execute(*args, **kwargs)
 
     add_wrapper_with_key(WrappersMP.APPLY_MODEL, PLAN_KEY, around, guider.model_options["transformer_options"])

@@ -18,7 +18,7 @@ Identity = dict[str, Any]  # of a file, as plain data; of one that is not there,
 CONTENTS = ("size", "digest")  # of an identity, what is the same on another machine
 BLOCKS, BLOCK_BYTES = 64, 4096  # of a file's contents that are read to know it again
 HEADER_BYTES = 100 << 20  # the most that safetensors allows
-LOAD_AGAIN = 'To load it again, use "Unload Models and Execution Cache" in ComfyUI\'s menu, or restart ComfyUI.'
+LOAD_AGAIN = 'To load it again, use "Unload Models and Execution Cache" in ComfyUI\'s Edit menu, or restart ComfyUI.'
 
 
 def files_of(patcher: "ModelPatcher") -> list[Identity]:

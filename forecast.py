@@ -165,7 +165,7 @@ class Times:
         except FileNotFoundError:
             pass
         except (OSError, ValueError, TypeError, KeyError) as error:
-            logger.warning("Skein: %s cannot be read and is written anew (%s).", _path(), error)
+            logger.warning("Skein: %s cannot be read; a new one is written (%s).", _path(), error)
 
     def _write_file(self) -> None:
         if host.server() is None:

@@ -39,11 +39,11 @@ def _needs_compile(plan: Plan, _patcher: "ModelPatcher") -> None:
 
 
 def _needs_cache(_plan: Plan, patcher: "ModelPatcher") -> None:
-    require_several_blocks(patcher, "the first-block cache")
+    require_several_blocks(patcher, "First-Block Cache")
 
 
 def _needs_parallel(plan: Plan, patcher: "ModelPatcher") -> None:
-    require_several_blocks(patcher, "context parallelism")
+    require_several_blocks(patcher, "Context Parallel")
     setting_of(plan, patcher)
 
 

@@ -128,7 +128,7 @@ def _lines(first: str, *others: str) -> str:
 def expectation(forecast: Forecast | None, size: float | None) -> str:
     """What a run is expected to take. size: bytes of each device's memory, None where they are not known."""
     if forecast is None:
-        first = "how long it takes is known after its first steps"
+        first = "the time is known after the first steps"
     else:
         first = f"about {seconds_text(forecast.step)} a step, {seconds_text(forecast.seconds)} in all"
     return first if size is None else f"{first}; about {bytes_text(size)}"

@@ -113,6 +113,6 @@ def require_recipe(patcher: ModelPatcher) -> None:
     """Raises ValueError if ComfyUI does not know how to load the model again."""
     if patcher.is_dynamic() and patcher.cached_patcher_init is None:
         raise ValueError(
-            "This model's loader left no recipe for loading it without dynamic VRAM; use one of ComfyUI's own loaders, "
+            "This model's loader does not tell how to load it without dynamic VRAM; use one of ComfyUI's own loaders, "
             "or start ComfyUI with --disable-dynamic-vram."
         )

@@ -56,13 +56,13 @@ class CacheConfig:
             )
         _check_range(self.start_percent, self.end_percent)
         if self.warmup_calls < 0:
-            raise ValueError(f"warmup_calls must be 0 or more, not {self.warmup_calls}.")
+            raise ValueError(f"warmup_steps must be 0 or more, not {self.warmup_calls}.")
         if self.max_consecutive_hits < -1:
             raise ValueError(
                 f"max_consecutive_hits must be 0 or more, or -1 for no limit, not {self.max_consecutive_hits}."
             )
         if self.order not in (0, 1, 2):
-            raise ValueError(f"The prediction order must be 0, 1 or 2, not {self.order}.")
+            raise ValueError(f"predict_order must be 0, 1 or 2, not {self.order}.")
         _one_of("predictor", self.predictor, PREDICTORS)
 
 

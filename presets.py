@@ -178,7 +178,7 @@ def _fit_cache(choice: Choice, case: Case) -> None:
             return
     if not case.fits_without_weights(choice.plan):
         choice.plan = replace(choice.plan, cache=None)
-        choice.left_out["cache"] = "there is no memory for it at this size."
+        choice.left_out["cache"] = "there is not enough memory for it at this size."
 
 
 def words(plan: Plan) -> str:
@@ -192,4 +192,4 @@ def words(plan: Plan) -> str:
         named.append(f"{conflicts.NAMES['cache']} at {plan.cache.threshold:g}")
     if plan.parallel is not None:
         named.append(f"{world_of(plan)} devices")
-    return ", ".join(named) or "nothing: the model runs as ComfyUI has it"
+    return ", ".join(named) or "nothing: the model runs as it does without Skein"

@@ -28,11 +28,11 @@ INSIDE_KEY = "skein_inside_attention"  # ours has called ComfyUI's or another no
 
 OURS = "_skein_override"  # attribute of our functions
 OTHER_RUNS = "another node's attention runs ({})"
-OTHER_SPARSE = "another node's attention ({}) is set aside in the blocks, where Skein's sparse attention runs"
+OTHER_SPARSE = "in the blocks Skein's sparse attention runs in place of another node's attention ({})"
 OTHER_LEFT = (
-    "another node's attention ({}) is set aside in the blocks, where Skein's runs; with kernel stock it would run there"
+    "in the blocks Skein's attention runs in place of another node's ({}); choose kernel stock to run the other one"
 )
-NONE = "its attention does not ask for another one, and runs as ComfyUI has it"
+NONE = "this model's attention cannot be replaced, and stays ComfyUI's own"
 ALL_EXACT = "nothing is computed in 8 bits: exact_steps is {exact} at both ends, and there are {steps} steps"
 
 

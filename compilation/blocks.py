@@ -41,8 +41,8 @@ RECOMPILE_LIMIT = 64  # graphs of one kind of block: sizes x batch sizes x types
 
 FUNCTIONS = "weight_function", "bias_function"  # of ComfyUI's layers: what patches them in each call
 PATCHED = (
-    "blocks that are not wholly on the GPU run uncompiled, because ComfyUI puts the LoRA on them in each call; FP8 "
-    "makes the model smaller and merges the LoRA"
+    "blocks that are not wholly on the GPU run uncompiled, because ComfyUI puts the LoRA on them in each call; add "
+    "FP8 Quantize, which makes the model smaller and merges the LoRA"
 )
 
 

@@ -13,7 +13,7 @@ TOO_MANY = "more sizes and settings have been compiled than PyTorch keeps; resta
 NO_COMPILER = "PyTorch finds no C++ compiler that works; install one (g++, clang, or Visual Studio's build tools)"
 NO_TRITON = "PyTorch finds no Triton for this GPU; install it (on Windows: python -m pip install triton-windows)"
 FOLDER = (
-    "PyTorch's folder of compiled code, {}, has a space or a letter in its path that C++ compilers may take wrong; "
+    "PyTorch's folder of compiled code, {}, has a space or a letter in its path that C++ compilers may misread; "
     "start ComfyUI with TORCHINDUCTOR_CACHE_DIR set to another one"
 )
 FORWARD = "another node has put a forward of its own on it, which PyTorch cannot compile"

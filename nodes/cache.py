@@ -44,10 +44,12 @@ class FirstBlockCacheNode(io.ComfyNode):
                     ),
                 ),
                 part_of_sampling(
-                    "start_percent", DEFAULTS.start_percent, "Calls may be reused from this part of sampling on."
+                    "start_percent",
+                    DEFAULTS.start_percent,
+                    "Calls may be reused from this share of sampling on (0 to 1).",
                 ),
                 part_of_sampling(
-                    "end_percent", DEFAULTS.end_percent, "After this part of sampling every call is computed."
+                    "end_percent", DEFAULTS.end_percent, "After this share of sampling (0 to 1) every call is computed."
                 ),
                 io.Int.Input(
                     "warmup_steps",

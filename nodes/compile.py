@@ -30,7 +30,7 @@ class CompileNode(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "default is right for almost everyone. max-autotune compiles for minutes and gains a few "
-                        "percent at most. no-cudagraphs switches CUDA graphs off."
+                        "percent at most. Names with no-cudagraphs switch CUDA graphs off."
                     ),
                 ),
                 io.Combo.Input(

@@ -70,7 +70,8 @@ class ReleaseWorkersNode(io.ComfyNode):
             search_aliases=["free GPUs", "unload workers", "multi GPU"],
             description=(
                 "Ends the worker processes of Context Parallel when the latent arrives, so that their GPU memory is "
-                "free for what comes after. ComfyUI's Unload Models does the same (not with --disable-smart-memory)."
+                "free for what comes after. Edit > Unload Models in ComfyUI's menu does it too (not with "
+                "--disable-smart-memory)."
             ),
             inputs=[io.Latent.Input("latent", tooltip="The sampled latent. It is passed on unchanged.")],
             outputs=[io.Latent.Output()],

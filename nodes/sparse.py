@@ -19,9 +19,9 @@ class SparseAttentionNode(io.ComfyNode):
             category="Skein",
             search_aliases=["sparse attention", "sol-attn", "SpargeAttn", "radial attention", "faster video", "faster"],
             description=(
-                "Skips the parts of attention that change its result least, as many as an error that you choose "
-                "allows. It measures that error in every layer while it runs, and the node shows it. For long "
-                "sequences, such as 720p video; short ones are computed in full (dense)."
+                "Skips the parts of attention that change its result least. You set how large the error may be; the "
+                "node measures it in every layer while it runs, and shows it. For long sequences, such as 720p "
+                "video; short ones are computed in full (dense)."
             ),
             inputs=[
                 io.Model.Input("model", tooltip=KNOWN_MODELS + "."),
@@ -41,10 +41,12 @@ class SparseAttentionNode(io.ComfyNode):
                 part_of_sampling(
                     "start_percent",
                     DEFAULTS.start_percent,
-                    "Attention is sparse from this part of sampling on. The first steps decide the composition.",
+                    "Attention is sparse from this share of sampling on (0 to 1). The first steps decide the composition.",
                 ),
                 part_of_sampling(
-                    "end_percent", DEFAULTS.end_percent, "After this part of sampling attention is dense again."
+                    "end_percent",
+                    DEFAULTS.end_percent,
+                    "After this share of sampling (0 to 1) attention is dense again.",
                 ),
                 io.Combo.Input(
                     "rule",

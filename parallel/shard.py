@@ -82,7 +82,7 @@ class Sharding:
         if self.whole_sequences:
             possible = [each for each in possible if each.ring_size == 1] or possible
         if not possible:
-            raise ValueError("Text with holes in its mask cannot go through a ring; set ring_degree to 1.")
+            raise ValueError("A text mask that is more than padding cannot go through a ring; set ring_degree to 1.")
         self._heads = heads
         text_first = place.block.stack.order != "image text"
 

@@ -15,12 +15,12 @@ from .linear import MULTIPLE, QuantizedLinear
 
 logger = logging.getLogger("skein")
 
-MISSING = "FP8 needs torchao: run `python -m pip install torchao` in ComfyUI's Python environment, then restart it."
+MISSING = "FP8 needs torchao: run `python -m pip install torchao` with ComfyUI's Python, then restart ComfyUI."
 SCALED = "The checkpoint is already quantized; it runs as ComfyUI loads it, without Skein's FP8."
 NONE_FIT = (
     "No layer of this model's blocks has sizes that FP8 can compute (multiples of 16); it runs as ComfyUI loads it."
 )
-OLD_GPU = "This GPU cannot compute so (FP8 arithmetic needs compute capability 8.9); {} is used instead."
+OLD_GPU = "This GPU cannot run the chosen mode (FP8 needs compute capability 8.9); {} is used instead."
 
 
 def require_torchao() -> None:
@@ -36,7 +36,7 @@ def require_float8(device: torch.device) -> None:
     try:
         torch.empty(1, dtype=FP8, device=device)
     except TypeError as error:
-        raise ValueError(f"FP8 cannot be kept on this device ({device}); remove Skein's FP8 node.") from error
+        raise ValueError(f"This device ({device}) cannot store FP8 weights; remove Skein's FP8 node.") from error
 
 
 @cache

@@ -136,7 +136,7 @@ def test_other_caches_are_refused_by_the_cache_alone(model, node):
 def test_multigpu_is_refused(model, technique):
     several = model.clone()
     several.set_additional_models("multigpu", [model.clone()])
-    with pytest.raises(ValueError, match="ComfyUI's MultiGPU node and"):
+    with pytest.raises(ValueError, match="ComfyUI's MultiGPU CFG Split and"):
         sample(engine.edit(several, **{technique: PARTS[technique]}), PROMPT, **SMALL)
     assert keep(several, TWIN_KEY).value is None
 

@@ -81,7 +81,9 @@ def _refuse(vae: Any, config: DecodeConfig, world: int, latent: Tensor | None = 
         raise shared.CannotShare(f"The frames of a {model} cannot be cut", "set mode to tiled")
     side = world if latent is None else max(latent.shape[-2:])
     if config.mode == "whole" and side < world:
-        raise shared.CannotShare(f"The frame is {side} latent columns long, too few for {world} devices", "name fewer")
+        raise shared.CannotShare(
+            f"The longer side of the frame has {side} latent pixels, too few for {world} devices", "name fewer"
+        )
 
 
 def _devices(vae: Any, config: DecodeConfig) -> tuple[str, ...] | None:

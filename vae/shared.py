@@ -24,7 +24,7 @@ from .tiles import Tiling, blended, tiles_of
 
 logger = logging.getLogger("skein")
 
-ALONE = "name ComfyUI's own device in VAE Decode's devices, to decode as it does"
+ALONE = 'set devices of VAE Decode, Parallel to "all", to decode as VAE Decode does'
 _other_from_weights: weakref.WeakSet[Any] = weakref.WeakSet()  # models of VAEs that workers could not build
 
 

@@ -108,6 +108,6 @@ def watch(store: Store, away: range, tell: Callable[[str, Any], None]) -> None:
                     seen[rank] = (count, time.monotonic())
                 elif count and time.monotonic() - seen[rank][1] > GONE_SECONDS:
                     who = f"Worker {rank} (on another machine)"
-                    return tell("error", {"text": "it has fallen silent", "who": who})
+                    return tell("error", {"text": "it no longer answers", "who": who})
 
     threading.Thread(target=look, daemon=True).start()

@@ -54,7 +54,7 @@ class Failed(Exception):
         who = "The workers" if rank is None else f"Worker {rank} ({setting.devices[rank]})"
         self.who = value.get("who", who)
         self.text = value.get("text", "")
-        gone = "ended without a word (killed, or out of host memory?)"
+        gone = "ended without a message (killed, or out of host memory?)"
         self.said = gone if kind == "gone" else f"failed: {self.text}"
 
 
@@ -201,7 +201,7 @@ class Conversation:
     def _fail(self, rank: int | None, kind: str, value: Any = None) -> NoReturn:
         """Wait a moment for a better explanation, and raise.
 
-        When one dies, the others fail for lack of it. So one that has gone without a word comes first, then what was
+        When one dies, the others fail for lack of it. So one that has gone without a message comes first, then what was
         told first.
         """
         if self.closed:

@@ -153,7 +153,7 @@ class Group:
             self._log.append(text)
             logger.log(logging.INFO if text.startswith("[0] Skein") else logging.DEBUG, "%s", text)
         if not self.closed:
-            _gone(None, processes.FAILED, "They have ended by themselves; the next prompt starts new ones.")
+            _gone(None, processes.FAILED, "It ended unexpectedly; the next prompt starts new worker processes.")
 
 
 def _gone(rank: int | None, state: str, text: str = "") -> None:

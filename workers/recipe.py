@@ -28,7 +28,7 @@ def recipe_of(patcher: "ModelPatcher") -> dict[str, Any]:
     recipe = patcher.cached_patcher_init
     if recipe is None or recipe[0].__module__ != MODULE:
         raise ValueError(
-            "Context Parallel loads the model again in each worker, and this model's loader left no recipe for that; "
+            "Context Parallel loads the model again in each worker, and this model's loader does not tell how; "
             "load it with Load Diffusion Model or Load Checkpoint (not GGUF, not a merged model)."
         )
     try:

@@ -49,12 +49,14 @@ def setting_of(plan: Plan, source: ModelPatcher) -> Setting:
 def worker_setting(devices: tuple[str, ...], degrees: tuple[int, int], nodes: int = 1, endpoint: str = "") -> Setting:
     """Workers with the options of ComfyUI's own process. Raises ValueError where there can be none."""
     if os.name != "posix":
-        raise ValueError("Worker processes need Linux; remove Context Parallel, or decode on ComfyUI's own device.")
+        raise ValueError(
+            'Worker processes need Linux; remove Context Parallel, or set devices of VAE Decode, Parallel to "all".'
+        )
     together = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     if "cpu" not in devices and not together:
         raise ValueError(
-            "Workers on GPUs need NCCL, which PyTorch has on Linux; remove Context Parallel here, or name "
-            "ComfyUI's own device in VAE Decode's devices."
+            "Workers on GPUs need NCCL, which PyTorch has on Linux; remove Context Parallel, or set devices of "
+            'VAE Decode, Parallel to "all".'
         )
     options = {name: value for name, value in vars(comfy.cli_args.args).items() if _is_json(value)}
     options["fast"] = sorted(feature.value for feature in getattr(comfy.cli_args.args, "fast", None) or ())

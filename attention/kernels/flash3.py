@@ -38,7 +38,7 @@ def _obstacle(problem: Problem) -> str | None:
 
 def _fp8_obstacle(problem: Problem) -> str | None:
     if problem.head_dim % 16:
-        return f"FlashAttention-3 in FP8 does not take heads of {problem.head_dim}"
+        return f"FlashAttention-3 in FP8 does not take heads of size {problem.head_dim}"
     return _obstacle(problem)
 
 

@@ -69,7 +69,7 @@ def input_obstacle(problem: Problem, label: str, head_dims: Container[int]) -> s
     if problem.dtype not in HALF_TYPES:
         return f"{label} does not compute in {problem.dtype}"
     if problem.head_dim not in head_dims:
-        return f"{label} does not take heads of {problem.head_dim}"
+        return f"{label} does not take heads of size {problem.head_dim}"
     return None
 
 

@@ -90,7 +90,7 @@ def _with_lse() -> dict:
 
 def _flex_obstacle(problem: Problem) -> str | None:
     if problem.capability is None or problem.capability < (8, 0):
-        return "FlexAttention is taken on NVIDIA GPUs of compute capability 8.0 or higher"
+        return "FlexAttention needs an NVIDIA GPU of compute capability 8.0 or higher"
     if not torch.utils._triton.has_triton():
         return "FlexAttention needs Triton"
     return input_obstacle(problem, "FlexAttention", range(16, 257, 16)) or package_obstacle(

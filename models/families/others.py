@@ -163,7 +163,7 @@ BOOGU = Architecture(
     ),
     heads="single_stream_layers.0.attn.heads",
 )
-OWN_ATTENTION = "its attention does not ask for another one"
+OWN_ATTENTION = "its attention cannot be replaced"
 PIXART = Architecture(
     networks=("comfy.ldm.pixart.pixartms.PixArtMS",),
     stacks=(

@@ -90,7 +90,7 @@ def test_where_ours_runs_it_runs_in_every_step(tiny_model, name, way, shown):
     out = sample(engine.edit(beside.on(tiny_model, way), **OURS[name]), PROMPT, **SMALL)
     assert relative_error(out, sample(tiny_model, PROMPT, **SMALL)) < 1e-5
     assert {kind for _, kind, *_ in beside.told} == {"refiner"}
-    assert "is set aside in the blocks, where Skein's runs; with kernel stock it would run there" in shown["attention"]
+    assert "; choose kernel stock to run the other one" in shown["attention"]
 
 
 def test_it_is_told_of_blocks_that_the_cache_and_padding_leave(tiny_model):

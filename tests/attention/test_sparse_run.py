@@ -206,7 +206,7 @@ def test_another_nodes_attention_and_who_wins(demo_model, shown):
     model = demo_model.clone()
     model.model_options["transformer_options"]["optimized_attention_override"] = attention
     out, record = run(model)
-    assert "is set aside in the blocks, where Skein's sparse attention runs" in shown["sparse"]
+    assert "in the blocks Skein's sparse attention runs in place of another node's" in shown["sparse"]
     assert all(call.sparse for call in record.calls)
     assert [block for block in theirs if block is not None] == [0, 0]  # it was timed; the others: in the text refiner
     assert torch.equal(out, run(demo_model)[0])

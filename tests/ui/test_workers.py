@@ -33,7 +33,7 @@ def test_a_worker_killed_in_the_middle_and_workers_released(browser, ui_server, 
 
         worker = next(each for each in comfy.status()["processes"] if each["rank"] == 1)
         os.kill(worker["pid"], signal.SIGKILL)
-        expect(comfy.page.locator(".skein-banner")).to_contain_text("ended without a word", timeout=SLOW)
+        expect(comfy.page.locator(".skein-banner")).to_contain_text("ended without a message", timeout=SLOW)
         expect(cards.nth(2)).to_have_attribute("data-state", "failed")
         expect(cards.nth(2)).to_contain_text("killed, or out of host memory?")
         expect(cards.nth(1)).to_have_attribute("data-state", "ended")

@@ -137,7 +137,7 @@ def test_a_rank_killed_in_the_middle_of_a_decode(wan, latent, mode, rank):
         killed.append(time.monotonic())
 
     threading.Timer(1.0, kill).start()
-    with pytest.raises(GroupError, match=f"Worker {rank} .*ended without a word"):
+    with pytest.raises(GroupError, match=f"Worker {rank} .*ended without a message"):
         decode(wan, long, config)
     assert time.monotonic() - killed[0] < 5
     assert difference(decode(wan, latent, DecodeConfig("whole", "cpu,cpu")), wan.decode(latent)) < TOLERANCE

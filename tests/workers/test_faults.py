@@ -97,7 +97,7 @@ def test_killed_at_a_random_moment(model, expected, victim, warm, _round):
 
     thread = later(0, kill)
     who = r"The workers|Worker \d .*" if victim == "launcher" else rf"Worker {victim} .*|The workers"
-    with pytest.raises(GroupError, match=f"({who}) ended without a word"):
+    with pytest.raises(GroupError, match=f"({who}) ended without a message"):
         run(model, **SLOW)
     assert time.monotonic() - killed[0] < 5 and gone(processes), moment
     thread.join()

@@ -131,7 +131,7 @@ def test_truncated_in_the_middle_of_a_run_the_error_tells_of_the_file(model, tmp
     run(model)
     thread = threading.Timer(1.0, truncate, (model, tmp_path))
     thread.start()
-    with pytest.raises(GroupError, match=r"ended without a word.*has changed on disk.*may be why"):
+    with pytest.raises(GroupError, match=r"ended without a message.*has changed on disk.*may be why"):
         run(model, **SLOW)
     thread.join()
     refused_at_once(model, "has changed on disk")

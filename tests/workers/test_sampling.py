@@ -277,7 +277,7 @@ def test_a_method_that_another_pack_has_put_on_the_model_is_refused(models):
     model, network = models(2), models(2).model.diffusion_model
     network.forward = MethodType(lambda self, *args, **kwargs: type(self).forward(self, *args, **kwargs), network)
     try:
-        with pytest.raises(ValueError, match="Another node has put a forward of its own on the model's HunyuanVideo"):
+        with pytest.raises(ValueError, match="Another node has replaced the forward of the model's HunyuanVideo"):
             sample(engine.edit(model, parallel=ParallelConfig("cpu,cpu")), text(7), **SMALL)
     finally:
         del network.forward
