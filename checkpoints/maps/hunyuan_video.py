@@ -1,4 +1,4 @@
-"""HunyuanVideo (also image to video, SkyReels, FramePack's weights), HunyuanVideo 1.5 and HunyuanImage 2.1.
+"""HunyuanVideo (also image to video, and SkyReels' of it), HunyuanVideo 1.5 and HunyuanImage 2.1.
 
 All are one class in ComfyUI.
 """
@@ -7,6 +7,7 @@ from ..keys import Changed, KeyMap, Weights, swap_halves, under
 
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 EMBEDDER: Weights = {"in_layer": "linear_1", "out_layer": "linear_2"}
+BYT5: Weights = {"layernorm": "norm", "fc1": "linear_1", "fc2": "linear_2", "fc3": "linear_3"}
 
 REFINER: Weights = {
     "input_embedder": "proj_in",
@@ -65,6 +66,32 @@ HUNYUAN_VIDEO = KeyMap(
         **under("time_in", "time_text_embed.timestep_embedder", EMBEDDER),
         **under("vector_in", "time_text_embed.text_embedder", EMBEDDER),
         **under("guidance_in", "time_text_embed.guidance_embedder", EMBEDDER),
+    },
+    blocks={"num_layers": "transformer_blocks.*", "num_single_layers": "single_transformer_blocks.*"},
+)
+HUNYUAN_VIDEO_15 = KeyMap(
+    classes=("HunyuanVideo15Transformer3DModel",),
+    weights={
+        **AROUND,
+        **under("time_in", "time_embed.timestep_embedder", EMBEDDER),
+        **under("time_r_in", "time_embed.timestep_embedder_r", EMBEDDER),
+        **under("byt5_in", "context_embedder_2", BYT5),
+        "vision_in.proj.0": "image_embedder.norm_in",
+        "vision_in.proj.1": "image_embedder.linear_1",
+        "vision_in.proj.3": "image_embedder.linear_2",
+        "vision_in.proj.4": "image_embedder.norm_out",
+        "cond_type_embedding": "cond_type_embed",
+    },
+    blocks={"num_layers": "transformer_blocks.*"},
+)
+HUNYUAN_IMAGE = KeyMap(
+    classes=("HunyuanImageTransformer2DModel",),
+    weights={
+        **AROUND,
+        **under("time_in", "time_guidance_embed.timestep_embedder", EMBEDDER),
+        **under("time_r_in", "time_guidance_embed.timestep_embedder_r", EMBEDDER),
+        **under("guidance_in", "time_guidance_embed.guidance_embedder", EMBEDDER),
+        **under("byt5_in", "context_embedder_2", BYT5),
     },
     blocks={"num_layers": "transformer_blocks.*", "num_single_layers": "single_transformer_blocks.*"},
 )
