@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.sd
 import comfy.utils
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..files import note_files
-from .folder import Checkpoint, find
+from .folder import CONFIG, Checkpoint, find
 from .headers import keys_of
 from .keys import KeyMap, Made, make, plan
-from .maps import MAPS
+from .maps import MAPS, SETTINGS
 from .taking import Taking, owned
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def load_diffusers(
         patcher = _load(found, _made(planned, weights), metadata, model_options or {}, disable_dynamic)
     if known:
         _require_all(found, patcher, planned)
+    _set(found, found.name or (known.classes[0] if known else ""), patcher.model.diffusion_model)
     patcher.cached_patcher_init = (load_diffusers, (path, model_options or {}))
     note_files(patcher, [str(file) for file in found.files])
     return patcher
@@ -160,3 +161,17 @@ def _require_all(found: Checkpoint, patcher: "ModelPatcher", planned: dict[str, 
             f"{found.weights[0].parent} lacks {len(missing)} of {type(network).__name__}'s weights, {missing[0]} for "
             "one; it is incomplete or of another model: download it again."
         )
+
+
+def _set(found: Checkpoint, name: str, network: nn.Module) -> None:
+    """What the config of a class says and ComfyUI does not find out from the weights."""
+    if name not in SETTINGS:
+        return
+    if not found.config:
+        raise ValueError(
+            f"{found.weights[0].parent} has no {CONFIG}, which says of {name} what the weights do not show: put the "
+            "one that belongs to them there."
+        )
+    for path, value in SETTINGS[name](found.config).items():
+        owner, _, attribute = path.rpartition(".")
+        setattr(network.get_submodule(owner), attribute, value)
