@@ -5,11 +5,14 @@ A row of CASES is a model. Conventions of timestep, guidance and text are the ro
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import comfy.model_detection
 import diffusers
 import torch
 from skein.attention.text import without_padding
@@ -38,12 +41,17 @@ class Case:
     output: Callable[[Tensor], Tensor] = field(default=lambda output: output)
     cut: bool = False
     since: tuple[int, ...] = ()
+    fit: Callable[[nn.Module], None] | None = None
+    sizes: dict[str, Any] = field(default_factory=dict)
 
 
 def random_network(case: Case, seed: int = 0) -> nn.Module:
     """diffusers' network with weights that all matter, norms and biases too."""
     torch.manual_seed(seed)
-    network = getattr(diffusers, case.network)(**case.config).eval().requires_grad_(False)
+    network = getattr(diffusers, case.network)(**case.config)
+    if case.fit:
+        case.fit(network)
+    network.eval().requires_grad_(False)
     for name, weight in network.named_parameters():
         if weight.ndim > 1:
             nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
@@ -56,6 +64,19 @@ def save_in_shards(network: nn.Module, folder: Path, shards: int = 4) -> None:
     """As diffusers saves it: config, index, and at least so many shards."""
     size = sum(weight.nbytes for weight in network.state_dict().values())
     network.save_pretrained(str(folder), max_shard_size=size // shards)
+
+
+@contextmanager
+def of_sizes(sizes: dict[str, Any]) -> Iterator[None]:
+    """Within: ComfyUI's detection, which says what it does, but with these sizes."""
+    detect = comfy.model_detection.detect_unet_config
+
+    def detected(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
+        found = detect(*args, **kwargs)
+        return found and found | sizes
+
+    with mock.patch.object(comfy.model_detection, "detect_unet_config", detected):
+        yield
 
 
 def outputs(case: Case, network: nn.Module, patcher) -> tuple[Tensor, Tensor]:
@@ -76,7 +97,9 @@ def error(case: Case, folder: Path) -> float:
     """How far the loaded model's output is from diffusers', of its norm."""
     network = random_network(case)
     save_in_shards(network, folder)
-    expected, found = outputs(case, network, load_diffusers(str(folder)))
+    with of_sizes(case.sizes):
+        patcher = load_diffusers(str(folder))
+    expected, found = outputs(case, network, patcher)
     assert expected.shape == found.shape
     return float((found - expected).norm() / expected.norm())
 
