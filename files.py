@@ -27,9 +27,13 @@ def files_of(patcher: "ModelPatcher") -> list[Identity]:
     if FILES_KEY not in kept:
         recipe = patcher.cached_patcher_init
         first = recipe[1][0] if recipe and recipe[1] else []  # of a loader's arguments: a path, or several
-        paths = [first] if isinstance(first, str) else first if isinstance(first, (list, tuple)) else []
-        kept[FILES_KEY] = [identity(path) for path in paths]
+        note_files(patcher, [first] if isinstance(first, str) else first if isinstance(first, (list, tuple)) else [])
     return kept[FILES_KEY]
+
+
+def note_files(patcher: "ModelPatcher", paths: Iterable[str]) -> None:
+    """Note what the files of a model are now, by a loader that knows them all."""
+    vars(patcher.model)[FILES_KEY] = [identity(path) for path in paths]
 
 
 def identity(path: str) -> Identity:

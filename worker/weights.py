@@ -2,8 +2,8 @@
 workers share and that it can take back, however many workers there are and wherever the model is.
 
 ComfyUI's loaders read a safetensors file by mapping it into memory, convert what is not of the model's type, and copy
-each weight into its Parameter. Here the Parameter takes what it would copy. A weight that is written to afterwards gets
-pages of its own from the operating system. Files that are read otherwise (--disable-mmap) are in each worker's memory.
+each weight into its Parameter. Here the Parameter takes what it would copy (checkpoints/taking.py). Files that are read
+otherwise (--disable-mmap), and weights that are put together of several, are in each worker's memory.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management as memory
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..attributes import changed
+from ..checkpoints.taking import Taking
 from ..workers.recipe import load
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def load_from_file(recipe: dict[str, Any]) -> "ModelPatcher":
     """
     # Or ComfyUI loads a checkpoint straight onto the device where more memory is free there: what it takes off again
     # would then be in this process's own memory.
-    with changed([(memory, "DISABLE_SMART_MEMORY", True)]), _Taking():
+    with changed([(memory, "DISABLE_SMART_MEMORY", True)]), Taking():
         patcher = load(recipe)
     here = [each.data_ptr() for each in patcher.model.parameters() if each.device.type == "cpu"]
     files = [each for each in _memory_of_files() if any(address in each for address in here)]
@@ -74,28 +73,6 @@ def held_outside_of_files(patchers: Iterable["ModelPatcher"]) -> Held:
                 elif known.get(name, (None,))[0] is not tensor and f"{prefix}.{name}" not in patcher.backup:
                     held.device += tensor.nbytes  # what is patched goes: ComfyUI has the weight as it was on the CPU
     return held
-
-
-class _Taking(TorchFunctionMode):
-    """Within: a Parameter that a tensor of its type is copied into takes that tensor's memory, both on the CPU."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.copy_ and not kwargs and len(args) == 2 and _alike(*args):
-            parameter, tensor = args
-            parameter.data = tensor
-            return parameter
-        return function(*args, **(kwargs or {}))
-
-
-def _alike(parameter: Tensor, tensor: Any) -> bool:
-    """Whether a parameter may lie where a tensor does."""
-    return (
-        type(parameter) is nn.Parameter
-        and type(tensor) in (Tensor, nn.Parameter)
-        and parameter.device.type == tensor.device.type == "cpu"
-        and (parameter.dtype, parameter.shape) == (tensor.dtype, tensor.shape)
-        and tensor.is_contiguous()
-    )
 
 
 def _memory_of_files() -> list[range]:

@@ -12,6 +12,7 @@ import torch
 from comfy.cli_args import args
 
 from ..attributes import changed
+from ..checkpoints.loading import load_diffusers
 from ..files import files_of
 from .protocol import NotPlain, pack
 
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 Patches = dict[str, list[tuple]]
-MODULE = "comfy.sd"  # the only one whose loaders a worker calls
+MODULE = "comfy.sd"  # whose loaders a worker calls, beside Skein's own
 TYPES = {"float32": "fp32_unet", "bfloat16": "bf16_unet", "float16": "fp16_unet"}  # ComfyUI's options for each
 
 
 def recipe_of(patcher: "ModelPatcher") -> dict[str, Any]:
     """How to load the model again, as plain data. Raises ValueError if its loader left no recipe that can travel."""
     recipe = patcher.cached_patcher_init
-    if recipe is None or recipe[0].__module__ != MODULE:
+    if recipe is None or (recipe[0] is not load_diffusers and recipe[0].__module__ != MODULE):
         raise ValueError(
             "Context Parallel loads the model again in each worker, and this model's loader does not tell how; "
             "load it with Load Diffusion Model or Load Checkpoint (not GGUF, not a merged model)."
@@ -48,7 +49,9 @@ def load(recipe: dict[str, Any]) -> "ModelPatcher":
     """The model of a recipe, by ComfyUI's loader."""
     options = [(args, option, dtype == recipe["dtype"]) for dtype, option in TYPES.items()]
     with changed(options if recipe["dtype"] in TYPES else []):
-        loaded = getattr(importlib.import_module(MODULE), recipe["loader"])(*recipe["arguments"])
+        own = recipe["loader"] == load_diffusers.__name__
+        loader = load_diffusers if own else getattr(importlib.import_module(MODULE), recipe["loader"])
+        loaded = loader(*recipe["arguments"])
     return loaded if recipe["index"] is None else loaded[recipe["index"]]
 
 

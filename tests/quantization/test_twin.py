@@ -9,8 +9,8 @@ import comfy.model_patcher
 import comfy.utils
 import pytest
 import torch
-from checkpoints import random_model, text
 from loras import with_lora
+from random_checkpoints import random_model, text
 from skein import engine
 from skein.attributes import changed
 from skein.bench.errors import relative_error

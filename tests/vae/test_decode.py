@@ -11,7 +11,7 @@ import comfy.utils
 import pytest
 import torch
 import vaes
-from checkpoints import SMALL, random_model, text
+from random_checkpoints import SMALL, random_model, text
 from skein import engine
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from checkpoints import SMALL, random_model, text
+from random_checkpoints import SMALL, random_model, text
 from skein import engine
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample

@@ -17,7 +17,7 @@ import comfy.model_management as memory
 import psutil
 import pytest
 import torch
-from checkpoints import SMALL, random_model, text
+from random_checkpoints import SMALL, random_model, text
 from skein import engine, live
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample

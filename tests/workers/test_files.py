@@ -8,7 +8,7 @@ import time
 import comfy.sd
 import pytest
 import torch
-from checkpoints import SMALL, random_model, text
+from random_checkpoints import SMALL, random_model, text
 from skein import engine
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample

@@ -15,9 +15,9 @@ import comfy.model_management as memory
 import comfy.samplers
 import pytest
 import torch
-from checkpoints import SMALL, random_model, text, with_lora
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_easycache import EasyCacheNode
+from random_checkpoints import SMALL, random_model, text, with_lora
 from skein import engine, live
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample

@@ -11,7 +11,7 @@ import comfy.model_management as memory
 import comfy.sd
 import pytest
 import torch
-from checkpoints import SMALL, random_model, text, with_lora
+from random_checkpoints import SMALL, random_model, text, with_lora
 from skein import engine
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample

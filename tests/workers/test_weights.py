@@ -8,7 +8,7 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from checkpoints import SMALL, random_model, text, with_lora
+from random_checkpoints import SMALL, random_model, text, with_lora
 from skein import engine
 from skein.attributes import changed
 from skein.bench.errors import relative_error

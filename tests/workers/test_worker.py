@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import vaes
-from checkpoints import random_model
+from random_checkpoints import random_model
 from skein.cache.first_block import FirstBlockCache
 from skein.parallel.mesh import Mesh
 from skein.plan import CacheConfig, ParallelConfig, Plan

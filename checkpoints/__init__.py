@@ -1,0 +1,1 @@
+"""Models as people have them: in diffusers' format."""
