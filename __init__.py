@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import demo, processes, routes
 from .nodes.attention import AttentionNode
 from .nodes.cache import FirstBlockCacheNode
+from .nodes.checkpoints import DiffusersTransformerNode
 from .nodes.compile import CompileNode
 from .nodes.demo import DemoModelNode, DemoPromptNode
 from .nodes.fp8 import FP8QuantizeNode, FP8TextEncoderNode
@@ -38,6 +39,7 @@ class SkeinExtension(ComfyExtension):
             ContextParallelNode,
             ReleaseWorkersNode,
             VAEDecodeNode,
+            DiffusersTransformerNode,
             DemoModelNode,
             DemoPromptNode,
             LatentVideoPreviewNode,

@@ -36,6 +36,7 @@ NODES = [
     "SkeinContextParallel",
     "SkeinReleaseWorkers",
     "SkeinVAEDecodeParallel",
+    "SkeinLoadDiffusersTransformer",
     "SkeinDemoModel",
     "SkeinDemoPrompt",
     "SkeinLatentVideoPreview",

@@ -50,7 +50,7 @@ def test_api_workflows_of_versions_with_fewer_inputs_go_on(server, prompt):
         f"{name}.{each}" for name, node in own.items() for each, (kind, *_) in node["input"]["required"].items()
         if kind not in links
     }  # fmt: skip
-    assert required == {"SkeinDemoPrompt.text"}
+    assert required == {"SkeinDemoPrompt.text", "SkeinLoadDiffusersTransformer.model_name"}
     graph = with_all_nodes(prompt)
     cache, sampler = node_id(graph, CACHE), node_id(graph, SAMPLER)
     graph["report"] = {"class_type": "SkeinCacheReport", "inputs": {"model": [cache, 0], "latent": [sampler, 0]}}
