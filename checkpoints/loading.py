@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # What ComfyUI's detection raises about keys that it takes for those of another model.
 UNDETECTED = (KeyError, IndexError, AttributeError, TypeError)
-MEMORY_KEY = "_skein_memory"  # on a model: what keeps the weights that were put together for others who load it
+FILE_KEY = "_skein_together"  # on a model: the file in memory of its weights that were put together, or None
 MISFIT = "Error(s) in loading state_dict"  # begins what PyTorch raises where shapes are not the model's
 
 
@@ -47,13 +47,16 @@ def load_diffusers(
     known = _map_of(found, keys)
     planned = _plan(known, found, keys) if known else {key: Made((key,), None) for key in keys}
     weights, metadata = _read(found)
-    own, place, memory = _made(planned, weights, place)
+    own, shared = _made(planned, weights, place)
     with Taking():
         patcher = _load(found, own, metadata, model_options or {}, disable_dynamic)
     if known:
         _require_all(found, patcher, planned)
+    if shared is not None and not shared.is_taken_by(patcher.model):
+        shared = None  # all have been converted, which made copies of them
+    place = None if shared is None else shared.place
     patcher.cached_patcher_init = (load_diffusers, (path, model_options or {}, place))
-    vars(patcher.model)[MEMORY_KEY] = memory
+    vars(patcher.model)[FILE_KEY] = None if shared is None else shared.file
     note_files(patcher, [str(file) for file in found.files])
     return patcher
 
@@ -124,21 +127,17 @@ def _read(found: Checkpoint) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _made(
     planned: dict[str, Made], weights: dict[str, Tensor], place: together.Place | None
-) -> tuple[dict[str, Tensor], together.Place | None, Any]:
-    """ComfyUI's weights; where those are that are put together; what has to be held for others to find them there."""
+) -> tuple[dict[str, Tensor], together.Shared | None]:
+    """ComfyUI's weights, and those of them that all processes share."""
     own = {name: weights[made.of[0]] for name, made in planned.items() if made.is_renamed}
     others = {name: made for name, made in planned.items() if not made.is_renamed}
-    shared = together.read(place) if place else {}
-    if place and shared.keys() == others.keys():
-        return {**own, **shared}, place, None
-    place, memory = together.write(others, weights) or (None, None)
-    shared = together.read(place) if place else {}
-    return {**own, **(shared or _made_here(others, weights))}, place, memory
+    shared = together.shared(others, weights, place)
+    return own | (shared.weights if shared else _made_here(others, weights)), shared
 
 
 def _made_here(planned: dict[str, Made], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights that are put together, in this process's memory. Those that they are made of leave `weights` when the last
-    one has been made of them: ComfyUI may have read them into memory (--disable-mmap)."""
+    """Weights that are put together, in this process's memory. Those that they are made of leave `weights` when the
+    last one has been made of them: ComfyUI may have read them into memory (--disable-mmap)."""
     waiting = Counter(key for made in planned.values() for key in made.of)
     own = {}
     for name, made in planned.items():

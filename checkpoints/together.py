@@ -12,12 +12,13 @@ import os
 import uuid
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from comfy.cli_args import args
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .keys import Made, make
 
@@ -35,13 +36,33 @@ ALIGNMENT = 8  # of the weights, in bytes
 Place = dict[str, str]  # where such a file is, as plain data: path, mark
 
 
-def write(planned: Mapping[str, Made], weights: Mapping[str, Tensor]) -> tuple[Place, Any] | None:
-    """Put weights together in a new file. planned: name -> what it is made of. Returns where it is, and what has to be
-    held for as long as others are to find it there; None if that cannot be done here."""
-    if not hasattr(os, "memfd_create") or getattr(args, "disable_mmap", False):
+@dataclass(frozen=True)
+class Shared:
+    """Weights in such a file. file: what has to be held for as long as others are to find it at its place; None where
+    another model holds it."""
+
+    place: Place
+    weights: dict[str, Tensor]
+    file: Any
+
+    def is_taken_by(self, model: nn.Module) -> bool:
+        """Whether some of a model's weights lie in the file."""
+        places = {weight.data_ptr() for weight in self.weights.values()}
+        return any(parameter.data_ptr() in places for parameter in model.parameters())
+
+
+def shared(planned: Mapping[str, Made], weights: Mapping[str, Tensor], place: Place | None) -> Shared | None:
+    """Weights that are put together, in the file at a place or else in a new one; None if that cannot be done here.
+
+    planned: name -> what it is made of.
+    """
+    if not planned or not hasattr(os, "memfd_create") or args.disable_mmap:
         return None
+    found = _read(place) if place else {}
+    if place and found.keys() == planned.keys():
+        return Shared(place, found, None)
     shapes = {name: make(made, _Shapes(weights)) for name, made in planned.items()}
-    if not shapes or any(shape.dtype not in TYPES for shape in shapes.values()):
+    if any(shape.dtype not in TYPES for shape in shapes.values()):
         return None
     file = _File()
     try:
@@ -49,10 +70,10 @@ def write(planned: Mapping[str, Made], weights: Mapping[str, Tensor]) -> tuple[P
     except OSError as error:  # the system's limit of such memory
         logger.info("Skein: weights are put together in each process for itself (%s)", error)
         return None
-    return file.place, file
+    return Shared(file.place, _read(file.place), file)
 
 
-def read(place: Place) -> dict[str, Tensor]:
+def _read(place: Place) -> dict[str, Tensor]:
     """The weights of a file, in its memory; empty if it is not there any more, or is on another machine."""
     try:
         with safe_open(place["path"], framework="pt") as file:
@@ -116,5 +137,5 @@ class _Shapes(Mapping[str, Tensor]):
 
 
 def _ordered(shapes: Mapping[str, Tensor]) -> list[str]:
-    """Names in the file's order: the widest types first, so that each weight begins at a multiple of its type's size."""
+    """Names in the file's order: the widest types first, so that each weight begins at a multiple of its size."""
     return sorted(shapes, key=lambda name: -shapes[name].itemsize)
