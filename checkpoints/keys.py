@@ -84,6 +84,11 @@ class Made:
     of: tuple[str, ...]
     by: Callable[[Tensor], Tensor] | None
 
+    @property
+    def is_renamed(self) -> bool:
+        """Whether it is the very tensor under another name."""
+        return self.by is None and len(self.of) == 1
+
 
 @dataclass(frozen=True)
 class _Use:

@@ -14,6 +14,7 @@ import comfy.utils
 from torch import Tensor, nn
 
 from ..files import note_files
+from . import together
 from .folder import CONFIG, Checkpoint, find
 from .headers import keys_of
 from .keys import KeyMap, Made, make, plan
@@ -29,24 +30,30 @@ MISFIT = "Error(s) in loading state_dict"  # begins what PyTorch raises where sh
 
 
 def load_diffusers(
-    path: str, model_options: dict[str, Any] | None = None, disable_dynamic: bool = False
+    path: str,
+    model_options: dict[str, Any] | None = None,
+    place: together.Place | None = None,
+    disable_dynamic: bool = False,
 ) -> "ModelPatcher":
     """Load a transformer: as comfy.sd.load_diffusion_model, of a folder, an index or a file in diffusers' format.
 
-    path: see folder.find(). model_options: those of load_diffusion_model. A class that has no page in checkpoints/maps
-    goes to ComfyUI as it is. Raises ValueError with a sentence about the file that is wrong.
+    path: see folder.find(). model_options: those of load_diffusion_model. place: where the weights may be that are put
+    together, if the model has been loaded before. A class that has no page in checkpoints/maps goes to ComfyUI as it
+    is. Raises ValueError with a sentence about the file that is wrong.
     """
     found = find(Path(path))
     keys = _keys(found)
     known = _map_of(found, keys)
     planned = _plan(known, found, keys) if known else {key: Made((key,), None) for key in keys}
     weights, metadata = _read(found)
+    own, shared = _made(planned, weights, place)
     with Taking():
-        patcher = _load(found, _made(planned, weights), metadata, model_options or {}, disable_dynamic)
+        patcher = _load(found, own, metadata, model_options or {}, disable_dynamic)
     if known:
         _require_all(found, patcher, planned)
     _set(found, found.name or (known.classes[0] if known else ""), patcher.model.diffusion_model)
-    patcher.cached_patcher_init = (load_diffusers, (path, model_options or {}))
+    place = shared.held_by(patcher.model) if shared else None
+    patcher.cached_patcher_init = (load_diffusers, (path, model_options or {}, place))
     note_files(patcher, [str(file) for file in found.files])
     return patcher
 
@@ -115,13 +122,23 @@ def _read(found: Checkpoint) -> tuple[dict[str, Tensor], dict[str, str]]:
     return weights, metadata
 
 
-def _made(planned: dict[str, Made], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """ComfyUI's weights. Those that they are made of leave `weights` when the last one has been made of them."""
+def _made(
+    planned: dict[str, Made], weights: dict[str, Tensor], place: together.Place | None
+) -> tuple[dict[str, Tensor], together.Shared | None]:
+    """ComfyUI's weights, and those of them that all processes share."""
+    own = {name: weights[made.of[0]] for name, made in planned.items() if made.is_renamed}
+    others = {name: made for name, made in planned.items() if not made.is_renamed}
+    shared = together.shared(others, weights, place)
+    return own | (shared.weights if shared else _made_here(others, weights)), shared
+
+
+def _made_here(planned: dict[str, Made], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights that are put together, in this process's memory. Those that they are made of leave `weights` when the
+    last one has been made of them: ComfyUI may have read them into memory (--disable-mmap)."""
     waiting = Counter(key for made in planned.values() for key in made.of)
     own = {}
     for name, made in planned.items():
-        weight = make(made, weights)
-        own[name] = weight if any(weight is weights[key] for key in made.of) else owned(weight)
+        own[name] = owned(make(made, weights))
         waiting.subtract(made.of)
         for key in made.of:
             if not waiting[key]:
