@@ -5,7 +5,7 @@ import re
 
 import pytest
 from pack import ROOT
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 import workflows
 
@@ -64,6 +64,23 @@ class ComfyPage:
 
     def open_workflow(self, workflow: dict) -> None:
         self.page.evaluate("(w) => app.loadGraphData(w, true, true, 'test')", workflow)
+
+    def search(self, words: str, x: int, y: int) -> Locator:
+        """Open the search by a double click on the canvas, and search; the results."""
+        self.page.wait_for_timeout(500)  # the canvas takes no double click while it is set up
+        self.page.mouse.dblclick(x, y)
+        self.page.get_by_role("combobox").first.fill(words)
+        return self.page.locator("#results-list [role=option]")
+
+    def put_down(self, result: Locator, title: str, x: int, y: int) -> None:
+        """Take a result of the search and put it on the canvas: it follows the pointer until a click."""
+        result.click()
+        node = f"app.graph.nodes.find((node) => node.title === {json.dumps(title)})"
+        self.wait(f"{node}?.flags.ghost")
+        self.page.wait_for_timeout(1000)  # the search closes
+        self.page.mouse.move(x, y - 10)
+        self.page.mouse.click(x, y)
+        self.wait(f"!{node}.flags.ghost")
 
     def open_panel(self) -> None:
         self.page.evaluate(OPEN_PANEL)

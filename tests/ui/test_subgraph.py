@@ -7,9 +7,6 @@ from blueprint import PARTS, TITLE
 from comfy_page import ComfyPage, demo_workflow, skip_older
 from playwright.sync_api import expect
 
-RESULTS = (
-    "() => [...document.querySelectorAll('#results-list [role=option]')].map((e) => e.innerText.split('\\n')[0].trim())"
-)
 PUT_BETWEEN = """(title) => {
   const of = (type) => app.graph.nodes.find((node) => node.type === type);
   const parts = app.graph.nodes.find((node) => node.title === title);
@@ -37,20 +34,11 @@ def comfy(browser, ui_server):
 def added(comfy):
     """The demo with the blueprint on the canvas, as the search puts it there."""
     comfy.open_workflow(demo_workflow(steps=4))
-    comfy.page.wait_for_timeout(500)  # the canvas takes no double click while it is set up
-    comfy.page.mouse.dblclick(700, 700)
-    comfy.page.get_by_role("combobox", name="Add a node").fill("speed up")
-    found = comfy.page.get_by_role("option").filter(has_text=TITLE)
+    results = comfy.search("speed up", 700, 700)
+    found = results.filter(has_text=TITLE)
     found.wait_for()
-    comfy.first = comfy.page.evaluate(RESULTS)[:2]
-    found.click()
-    here = f"app.graph.nodes.find((node) => node.title === {json.dumps(TITLE)})"
-    comfy.wait(f"{here}?.flags.ghost")  # it follows the pointer until a click puts it down
-    expect(comfy.page.get_by_role("combobox", name="Add a node")).to_be_hidden()
-    comfy.page.wait_for_timeout(1000)
-    comfy.page.mouse.move(700, 690)
-    comfy.page.mouse.click(700, 700)
-    comfy.wait(f"!{here}.flags.ghost")
+    comfy.first = [each.split("\n")[0].strip() for each in results.all_inner_texts()[:2]]
+    comfy.put_down(found, TITLE, 700, 700)
     return comfy
 
 
