@@ -1,4 +1,4 @@
-"""What nodes say, in the language of the page. The Chinese texts are in statuses.json and locales/zh."""
+"""What nodes say, in the language of the page. The Chinese texts are in statuses.json and locales/zh, and the help pages quote them."""
 
 import json
 import re
