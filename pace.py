@@ -65,8 +65,9 @@ class Pace:
         live.at_step(min(done, self.steps - 1), self.steps, left)
         if now - self._said >= SAY_SECONDS and done < self.steps:
             self._said = now
-            soon = "" if left is None else f", about {seconds_text(left)} left"
-            self._say(f"step {done + 1} of {self.steps}: {seconds_text(now - self._started)}{soon}")
+            took = seconds_text(now - self._started)
+            told = took if left is None else f"{took}, about {seconds_text(left)} left"
+            self._say(f"step {done + 1} of {self.steps}: {told}")
 
     def seconds_left(self) -> float | None:
         """By the steps after the first, once there is one; before that by the forecast."""

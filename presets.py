@@ -189,7 +189,7 @@ def words(plan: Plan) -> str:
     if "sparse" in plan.techniques:
         named.append(conflicts.NAMES["sparse"])
     if plan.cache is not None and "cache" in plan.techniques:
-        named.append(f"{conflicts.NAMES['cache']} at {plan.cache.threshold:g}")
+        named.append(f"First-Block Cache at {plan.cache.threshold:g}")
     if plan.parallel is not None:
         named.append(f"{world_of(plan)} devices")
     return ", ".join(named) or "nothing: the model runs as it does without Skein"

@@ -20,7 +20,7 @@ SCALED = "The checkpoint is already quantized; it runs as ComfyUI loads it, with
 NONE_FIT = (
     "No layer of this model's blocks has sizes that FP8 can compute (multiples of 16); it runs as ComfyUI loads it."
 )
-OLD_GPU = "This GPU cannot run the chosen mode (FP8 needs compute capability 8.9); {} is used instead."
+OLD_GPU = "This GPU cannot run the chosen mode (FP8 needs compute capability 8.9); {} is used instead"
 
 
 def require_torchao() -> None:

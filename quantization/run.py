@@ -77,7 +77,7 @@ def describe(twin: Twin, mode: str) -> str:
 
 
 def _say(config: FP8Config, notes: list[str], log: bool = True) -> None:
-    text = " ".join(notes)
+    text = "; ".join(notes)
     if log:
         logger.info("Skein %s", text)
     show(config.node_id, text, "fp8")

@@ -1,7 +1,9 @@
 """Texts in other languages: complete, in step with the nodes and the panel, served by ComfyUI."""
 
+import ast
 import json
 import re
+from pathlib import Path
 
 import pytest
 from pack import ROOT
@@ -11,6 +13,8 @@ import workflows
 
 HELP = ROOT / "web" / "docs"
 LANGUAGES = sorted(folder.name for folder in locales.LOCALES.iterdir())
+NOT_OF_NODES = (".dev", "bench", "scripts", "tests")
+VALUE = "\0"
 PANEL_TEXT = re.compile(r'\bt\(\s*"([^"]*)"')
 
 
@@ -74,6 +78,30 @@ def test_every_text_of_the_panel_is_translated(server):
     for english, text in chinese.items():
         assert text and sorted(re.findall(r"{\w+}", text)) == sorted(re.findall(r"{\w+}", english)), english
     assert server.get("/i18n")["zh"]["skein"] == chinese
+
+
+def status_texts(path: Path) -> set[str]:
+    """The texts in a module, with VALUE in the place of each value."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            found.add("".join(part.value if isinstance(part, ast.Constant) else VALUE for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(re.sub(r"{\w*}", VALUE, node.value))
+    return found
+
+
+def test_every_translated_status_is_one_that_python_says(server):
+    """Word for word: one that is worded anew is translated anew."""
+    chinese = json.loads((locales.LOCALES / "zh" / "main.json").read_text())["skein_status"]
+    modules = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in NOT_OF_NODES]
+    said = {text for path in modules for text in status_texts(path)}
+    for english, text in chinese.items():
+        literal = re.sub(r"{\w+}", VALUE, english).strip(VALUE)
+        assert literal and any(literal in each for each in said), english
+        assert text and sorted(re.findall(r"{\w+}", text)) == sorted(re.findall(r"{\w+}", english)), english
+        assert not re.search(r"; |: |\n", english), "web/status.js translates what stands between these"
+    assert server.get("/i18n")["zh"]["skein_status"] == chinese
 
 
 def test_search_finds_the_nodes_by_other_names(server):

@@ -12,6 +12,7 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+import blueprint
 import comfy_cli
 import pytest
 import yaml
@@ -22,8 +23,18 @@ from skein.demo.run import node_id
 from skein.demo.server import ComfyServer, comfyui_path
 
 FOLDER = "skein-hunyuanvideo"  # what the registry calls the pack, so its folder
+BLUEPRINT = str(blueprint.PATH.relative_to(ROOT))
 NOT_PUBLISHED = ("tests", "bench", "scripts", ".ci", ".dev", ".github", "CONTRIBUTING.md", "Makefile")
-PUBLISHED = ("__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md", "CHANGELOG.md", "docs/API.md")
+PUBLISHED = (
+    "__init__.py",
+    "pyproject.toml",
+    "requirements.txt",
+    "LICENSE",
+    "README.md",
+    "CHANGELOG.md",
+    "docs/API.md",
+    BLUEPRINT,
+)
 LARGEST = 30e6  # bytes of the zip
 RAW = "https://raw.githubusercontent.com"
 NOWHERE = "http://127.0.0.1:9"  # a proxy that is not there
@@ -146,6 +157,9 @@ def test_what_is_published_runs(unpacked, server, prompt):
     with ComfyServer(comfyui_path(), pack=unpacked, name=FOLDER) as published:
         assert nodes(published) == nodes(server) and len(nodes(server)) > 10
         assert published.get("/workflow_templates")[FOLDER] == server.get("/workflow_templates")["skein"]
+        assert {"name": blueprint.TITLE, "source": "custom_node", "info": {"node_pack": f"custom_nodes.{FOLDER}"}} in [
+            *published.get("/global_subgraphs").values()
+        ]
         assert panel(published, FOLDER) == panel(server, "skein") != set()
         assert frames(published, graph).shape[0] == 3
 

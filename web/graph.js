@@ -7,11 +7,12 @@ import { t } from "./dom.js";
 const CACHE_NODE = "SkeinFirstBlockCache";
 const SPEED_UP_NODE = "SkeinSpeedUp"; // chooses the threshold itself
 const THRESHOLD = "residual_diff_threshold";
+const OUTSIDE = -10; // the origin of links that come from outside of a subgraph
 
 const root = () => app.rootGraph ?? app.graph;
 
 /** The node with an id as the server knows it: "12", or "5:12" for node 12 in the subgraph that node 5 is. */
-function findNode(id) {
+export function findNode(id) {
   let graph = root();
   let node = null;
   for (const part of String(id ?? "").split(":")) {
@@ -53,16 +54,22 @@ export function refusal(run) {
   return node?.comfyClass === SPEED_UP_NODE ? t("Add First-Block Cache after Speed Up to set a threshold.") : "";
 }
 
+/** The node and the widget that set an input: outside of a subgraph if the widget is there too. path: ids, as findNode's. */
+function setBy(path, name) {
+  const node = findNode(path.join(":"));
+  const link = node?.graph.getLink(node.inputs?.find((input) => input.widget?.name === name)?.link);
+  if (!link) return [node, node?.widgets?.find((widget) => widget.name === name)];
+  if (Number(link.origin_id) !== OUTSIDE) throw new Error(t("The threshold of this node comes from another node; change it there."));
+  return setBy(path.slice(0, -1), node.graph.inputs[link.origin_slot].name);
+}
+
 /** Write a threshold into the node of a run; a sentence on it. Raises Error where that cannot be. */
 export function writeThreshold(run, threshold) {
   if (run.workflow_id === null) throw new Error(t("This run was sent by a program; there is no workflow to write into."));
   if (run.workflow_id !== root().id) throw new Error(t("This run came from another workflow; open that one first."));
-  const node = findNode(run.node_id);
-  const widget = node?.comfyClass === CACHE_NODE && node.widgets?.find((each) => each.name === THRESHOLD);
+  const isCache = findNode(run.node_id)?.comfyClass === CACHE_NODE;
+  const [node, widget] = isCache ? setBy(String(run.node_id).split(":"), THRESHOLD) : [];
   if (!widget) throw new Error(t("The node of this run is not in the open workflow."));
-  if (node.inputs?.some((input, slot) => input.widget?.name === THRESHOLD && node.isInputConnected(slot))) {
-    throw new Error(t("The threshold of this node comes from another node; change it there."));
-  }
   widget.value = threshold;
   widget.callback?.(threshold);
   app.canvas?.setDirty(true, true);

@@ -8,6 +8,7 @@ import { h, renew, t, times } from "./dom.js";
 import { estimate } from "./estimate.js";
 import { Progress } from "./progress.js";
 import { SparseSection } from "./sparse.js";
+import { say } from "./status.js";
 
 const REDRAW_MS = 500; // between two pictures while a run goes on
 const SAID_MS = 5000; // how long the answer to a button stays
@@ -260,7 +261,7 @@ export class Panel {
 
   drawNotes() {
     const { cache, ...notes } = this.store.sampling.notes; // the cache's are the figures above its curve
-    const named = Object.entries(notes).map(([about, text]) => [TECHNIQUES[about] ?? about, text]);
+    const named = Object.entries(notes).map(([about, text]) => [say(TECHNIQUES[about] ?? about), say(text)]);
     renew(this.notes, named, definitions);
   }
 

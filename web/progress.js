@@ -1,6 +1,7 @@
 // What goes on now, in a line that counts: what is waited for, steps, time, memory, and what the cache has saved.
 
 import { duration, gigabytes, h, t } from "./dom.js";
+import { say } from "./status.js";
 
 const TICK_MS = 1000;
 
@@ -39,7 +40,7 @@ export class Progress {
     const { activity } = sampling;
     const facts = this.goes ? running(this.store, this.run) : over(sampling, this.run);
     this.element.hidden = !this.goes && !facts.length;
-    write(this.activity, this.goes && activity ? nameOf(activity) : "");
+    write(this.activity, this.goes && activity ? say(activity.text) : "");
     write(this.seconds, this.goes && activity ? duration(now - activity.since) : "");
     write(this.facts, facts.join(" \u00b7 "));
     this.facts.title = this.goes ? source(sampling) : "";
@@ -47,20 +48,8 @@ export class Progress {
     this.bar.hidden = !this.goes || part === null;
     this.fill.style.width = `${100 * (part ?? 0)}%`;
     this.bar.setAttribute("aria-valuenow", String(Math.round(100 * (part ?? 0))));
-    this.bar.setAttribute("aria-label", activity ? nameOf(activity) : t("Sampling"));
+    this.bar.setAttribute("aria-label", activity ? say(activity.text) : t("Sampling"));
   }
-}
-
-/** What goes on beside model calls, in the language of the page. */
-function nameOf({ text }) {
-  const names = {
-    "Loading the model": t("Loading the model"),
-    "Starting the worker processes": t("Starting the worker processes"),
-    "Loading the model in the worker processes": t("Loading the model in the worker processes"),
-    "Quantizing to FP8": t("Quantizing to FP8"),
-    "Compiling the blocks": t("Compiling the blocks"),
-  };
-  return names[text] ?? text;
 }
 
 /** Text that has not changed is not written: screen readers would say it again. */

@@ -4,9 +4,10 @@ import { app } from "../../scripts/app.js"; // relative: ComfyUI may be served b
 import { api } from "../../scripts/api.js";
 
 import { t, translateBy } from "./dom.js";
-import { placeOf, refusal, writeThreshold } from "./graph.js";
+import { findNode, isOurs, placeOf, refusal, writeThreshold } from "./graph.js";
 import { Panel } from "./panel.js";
 import { found } from "./settings.js";
+import { say, sayBy } from "./status.js";
 import { Store } from "./store.js";
 
 const STATE = "skein.state";
@@ -81,11 +82,19 @@ const actions = {
   },
 };
 
-/** The panel's texts in the language that ComfyUI is set to. English needs none. */
-async function translations() {
+/** Have the panel and the nodes speak the language that ComfyUI is set to. English needs no translations. */
+async function translate() {
   const language = app.extensionManager?.setting?.get("Comfy.Locale");
-  const all = await ask("/i18n");
-  return all[language]?.skein;
+  const { [language]: texts } = await ask("/i18n");
+  translateBy(texts?.skein);
+  sayBy(texts?.skein_status);
+}
+
+/** A node says something. ComfyUI has it on the node already, in English, so the event is sent again. */
+function translateStatus({ detail }) {
+  const node = findNode(detail.nodeId);
+  const text = node && isOurs(node) ? say(detail.text) : detail.text;
+  if (text !== detail.text) queueMicrotask(() => api.dispatchCustomEvent("progress_text", { ...detail, text }));
 }
 
 let panel = null;
@@ -130,11 +139,12 @@ app.registerExtension({
       document.head.append(style);
     }
     api.addEventListener(STATE, receive);
+    api.addEventListener("progress_text", translateStatus);
     api.addEventListener("execution_start", runStarts);
     api.addEventListener("reconnecting", () => store.lost());
     api.addEventListener("reconnected", () => panel && store.refresh());
     try {
-      translateBy(await translations());
+      await translate();
     } catch {
       // The panel stays English.
     }

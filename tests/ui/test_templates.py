@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from comfy_page import ComfyPage
+from comfy_page import ComfyPage, skip_older
 from PIL import Image
 from playwright.sync_api import expect
 
@@ -20,9 +20,7 @@ NODES = """() => ({
 
 @pytest.fixture(scope="module")
 def comfy(browser, ui_server):
-    version = ui_server.get("/system_stats")["system"]["comfyui_version"]
-    if tuple(map(int, version.split(".")[:2])) < (0, 30):
-        pytest.skip("these tests know the dialogs of ComfyUI 0.30's front end, not those of older ones")
+    skip_older(ui_server, "the dialogs")
     Image.new("RGB", (64, 64)).save(ui_server.base / "input" / "example.png")  # what image-to-video starts from
     with ComfyPage(browser, ui_server) as page:
         yield page

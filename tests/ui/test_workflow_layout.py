@@ -5,7 +5,7 @@ import json
 from itertools import combinations
 
 import pytest
-from comfy_page import ComfyPage
+from comfy_page import ComfyPage, skip_older
 from PIL import Image
 
 import workflows
@@ -33,9 +33,7 @@ TOGGLE = "() => app.graph.nodes.filter((n) => n.widgets?.some((w) => w.advanced)
 
 @pytest.fixture(scope="module", params=[CLASSIC, VUE])
 def comfy(request, browser, ui_server):
-    version = ui_server.get("/system_stats")["system"]["comfyui_version"]
-    if tuple(map(int, version.split(".")[:2])) < (0, 30):
-        pytest.skip("older front ends draw Vue nodes differently, and know no advanced inputs")
+    skip_older(ui_server, "the Vue nodes and the advanced inputs")
     Image.new("RGB", (640, 360)).save(ui_server.base / "input" / "example.png")  # what image-to-video starts from
     with ComfyPage(browser, ui_server, {"Comfy.VueNodes.Enabled": request.param == VUE}) as page:
         page.page.set_viewport_size({"width": 2400, "height": 1400})

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Pictures of the pages that a newcomer sees, to be looked at: `python3 scripts/dev.py tests/ui/tour.py [FOLDER]`.
 
-The template browser, the search, a workflow with its note, and the panel after a run, each with the classic and the Vue
-nodes, in the dark and the light theme, in Chinese, and at 125 % zoom. FOLDER: tests/ui/out/tour, which git ignores.
+The template browser, the search, the subgraph blueprint, a workflow with its note, and the panel after a run, each
+with the classic and the Vue nodes, in the dark and the light theme, in Chinese, and at 125 % zoom. FOLDER:
+tests/ui/out/tour, which git ignores.
 """
 
 import sys
@@ -15,11 +16,16 @@ from pack import load_pack  # noqa: E402
 
 load_pack()
 
+from blueprint import TITLE  # noqa: E402
 from browser import MISSING, find  # noqa: E402
 from comfy_page import FLAGS, ComfyPage, demo_workflow  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 from skein.demo.server import ComfyServer, comfyui_path  # noqa: E402
 
+NEAR = """() => { // the cache's node, at a scale at which a person reads
+  Object.assign(app.canvas.ds, { scale: 0.9, offset: [-180, 150] });
+  app.canvas.setDirty(true, true);
+}"""
 OUT = ROOT / "tests" / "ui" / "out" / "tour"
 VUE, LIGHT = {"Comfy.VueNodes.Enabled": True}, {"Comfy.ColorPalette": "light"}
 LOOKS = {  # name -> settings, zoom
@@ -37,6 +43,7 @@ def take(comfy: ComfyPage, folder: Path, look: str) -> None:
     page = comfy.page
 
     def picture(name: str) -> None:
+        page.mouse.move(1, 500)  # away from what would show a tooltip
         page.wait_for_timeout(1500)
         page.screenshot(path=folder / f"{name}-{look}.png")
 
@@ -46,16 +53,16 @@ def take(comfy: ComfyPage, folder: Path, look: str) -> None:
     picture("templates")
     page.keyboard.press("Escape")
     page.evaluate("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
-    page.wait_for_timeout(500)
-    page.mouse.dblclick(560, 300)
-    page.get_by_role("combobox").first.fill("speed up")
+    results = comfy.search("speed up", 560, 300)
     picture("search")
-    page.keyboard.press("Escape")
-    comfy.open_workflow(demo_workflow(steps=4))
+    comfy.put_down(results.filter(has_text=TITLE), TITLE, 560, 300)
+    picture("blueprint")
+    comfy.open_workflow(demo_workflow(seed=[*LOOKS].index(look), steps=4))  # a seed that ComfyUI has not seen
     page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     comfy.queue()
-    comfy.wait("app.graph.nodes.some((node) => node.imgs?.length)")
+    comfy.wait("app.graph.nodes.find((node) => node.type === 'SaveAnimatedWEBP').imgs?.length")
     picture("workflow")
+    page.evaluate(NEAR)
     comfy.open_panel()
     comfy.wait_for_state("finished")
     picture("panel")
