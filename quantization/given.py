@@ -1,8 +1,8 @@
 """Weights that a checkpoint holds quantized: which of them FP8 can take over, and how they are read.
 
-One takes part if it takes no less than FP8's byte a value; FP8 of GGUF's Q4_K would take twice its memory. ComfyUI's own
-FP8 with one scale is taken over as it is, so no error is added. GGUF's types are read by the pack that has made them,
-and quantized from that: they are dequantized anew in each call, which this saves.
+One is taken over if it takes no less than FP8's byte a value; FP8 of GGUF's Q4_K would take twice its memory. FP8 with
+one scale or with none is taken over as it is, so no error is added to the weight. GGUF's types are read by the pack
+that has made them, and quantized from that: the pack dequantizes them anew in each call, which is saved then.
 """
 
 import sys
@@ -29,7 +29,9 @@ def can_be_read(weight: Tensor) -> bool:
 
 
 def scaled_fp8(weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """FP8 values (O, I) and scale () of ComfyUI's quantized tensor; None of another one."""
+    """FP8 values (O, I) and scale () of ComfyUI's quantized tensor, or of a plain one of FP8 values; None of others."""
+    if is_plain(weight):
+        return (weight, torch.ones((), device=weight.device)) if weight.dtype == FP8 else None
     data, parameters = getattr(weight, "_qdata", None), getattr(weight, "_params", None)
     scale = getattr(parameters, "scale", None)
     if data is None or scale is None or data.dtype != FP8 or scale.numel() != 1 or data.shape != weight.shape:

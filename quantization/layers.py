@@ -18,8 +18,8 @@ logger = logging.getLogger("skein")
 
 MISSING = "FP8 needs torchao: run `python -m pip install torchao` in ComfyUI's Python environment, then restart it."
 SCALED = (
-    "The checkpoint is already quantized, to fewer bits than FP8 or to a form that FP8 gains nothing on; it runs as it is "
-    "loaded, without Skein's FP8."
+    "The checkpoint is already quantized, to fewer bits than FP8 or to a form that gains nothing by it; it runs as it "
+    "is loaded, without Skein's FP8."
 )
 NONE_FIT = (
     "No layer of this model's blocks has sizes that FP8 can compute (multiples of 16); it runs as ComfyUI loads it."
@@ -124,7 +124,8 @@ def already_quantized(layer: nn.Module) -> bool:
 
 def left_as_it_is(layer: nn.Module) -> bool:
     """Whether the weight is quantized already so that FP8 cannot take its place."""
-    return already_quantized(layer) and not can_be_read(layer._parameters["weight"])
+    weight = layer._parameters.get("weight")
+    return weight is not None and not is_plain(weight) and not can_be_read(weight)
 
 
 def quantizable(layer: nn.Module) -> bool:

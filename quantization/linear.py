@@ -102,7 +102,7 @@ class QuantizedLinear(nn.Module):
 def quantize_weight(weight: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     """FP8 values (O, I) and float32 scale, (1, 1) per tensor, else (O, 1), of a weight (O, I) of any floating type.
 
-    Of ComfyUI's FP8 its own values and scale, in memory of their own.
+    Of what is FP8 already its own values and scale, in memory of their own.
     """
     given = scaled_fp8(weight)
     if given is not None:

@@ -1,4 +1,4 @@
-"""The embedded demo model in the forms that people have checkpoints in: each function writes one, from the same weights.
+"""The embedded demo model in the forms that people have checkpoints in: each function writes one, of the same weights.
 
 Weights of blocks are quantized, and others of two dimensions too where a file of that form has them so: GGUF.
 """
@@ -32,7 +32,9 @@ def write_bf16(path: Path) -> None:
 def write_fp8_e4m3fn(path: Path) -> None:
     """Each weight of a block cast to FP8 as it is, without scales."""
     state = demo_weights()
-    save_file({name: each.to(torch.float8_e4m3fn) if in_blocks(name, each) else each for name, each in state.items()}, path)
+    save_file(
+        {name: each.to(torch.float8_e4m3fn) if in_blocks(name, each) else each for name, each in state.items()}, path
+    )
 
 
 def write_fp8_scaled(path: Path) -> None:
@@ -131,7 +133,9 @@ def q4_k(rows: np.ndarray) -> np.ndarray:
     d, dmin = ((each.max(-1, keepdims=True) / 63).astype(np.float16) for each in (scales, least))
     scales, least = (np.clip(np.rint(_divided(*each)), 0, 63).astype(np.uint8) for each in ((scales, d), (least, dmin)))
     offset = (dmin.astype(np.float32) * least)[..., None]
-    values = np.clip(np.rint(_divided(parts + offset, (d.astype(np.float32) * scales)[..., None])), 0, 15).astype(np.uint8)
+    values = np.clip(np.rint(_divided(parts + offset, (d.astype(np.float32) * scales)[..., None])), 0, 15).astype(
+        np.uint8
+    )
     values = (values[:, 0::2] | values[:, 1::2] << 4).reshape(-1, 128)
     packed = [scales[:, :4] | scales[:, 4:] >> 4 << 6, least[:, :4] | least[:, 4:] >> 4 << 6]
     packed.append(scales[:, 4:] & 15 | (least[:, 4:] & 15) << 4)

@@ -16,10 +16,10 @@ import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 from loras import with_lora
+from skein import engine, live
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, SparseConfig
-from skein import engine, live
 from skein.worker import loading
 from skein.workers import release
 from skein.workers.loader_node import NODE_KEY, loader_in
@@ -87,7 +87,7 @@ def load_gguf(form, folder):
         pytest.skip("SKEIN_TEST_PACKS names no folder with ComfyUI-GGUF")
     import nodes
 
-    loading._pack(str(Path(packs) / "ComfyUI-GGUF"))
+    loading.import_pack(str(Path(packs) / "ComfyUI-GGUF"))
     getattr(forms, f"write_{form}")(folder / f"{form}.gguf")
     node = {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": f"{form}.gguf"}}
     (model,) = nodes.NODE_CLASS_MAPPINGS[node["class_type"]]().load_unet(**node["inputs"])
@@ -128,7 +128,9 @@ def test_the_readme_says_which_files_work():
     """Its table has these forms and techniques, and a number of a footnote where one is refused."""
     page = (Path(__file__).parents[1] / "README.md").read_text()
     section = re.search(r"^## Which files work\n(.*?)^## ", page, flags=re.MULTILINE | re.DOTALL)[1]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")
+    ]
     head, _, *body = rows
     assert head[1:] == [*TECHNIQUES, WORKERS]
     cells = {row[0]: row[1:] for row in body}

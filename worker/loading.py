@@ -1,6 +1,6 @@
 """Loads a model by its recipe (workers/recipe.py): by a function of ComfyUI's, of this pack or of another one's, or by
-a node. Another pack is imported only for a recipe that names it, by ComfyUI's own code and under the name that it has in
-ComfyUI's process.
+a node. Another pack is imported only for a recipe that names it, by ComfyUI's own code and under the name that it has
+in ComfyUI's process.
 """
 
 import asyncio
@@ -26,31 +26,34 @@ IMPORT = "Context Parallel's workers cannot import the node pack {pack}, whose n
 
 
 def load(recipe: dict[str, Any]) -> "ModelPatcher":
-    """The model of a recipe. Raises ValueError if a pack cannot be had, or gives another model than in ComfyUI's process."""
+    """The model of a recipe. Raises ValueError if a pack cannot be had, or if the model is another one than in
+    ComfyUI's process."""
     options = [(args, option, dtype == recipe["dtype"]) for dtype, option in TYPES.items()]
     with changed(options if recipe["dtype"] in TYPES else []):
         patcher = _by_node(recipe) if "node" in recipe else _by_function(recipe)
     if recipe["fingerprint"] and fingerprint(patcher) != recipe["fingerprint"]:
+        loader = recipe.get("node") or recipe["function"]
         raise ValueError(
-            f"{recipe.get('node') or recipe['function']} gives another model in Context Parallel's workers than in ComfyUI's "
-            "process, where a node after the loader may have made a second one; remove that node, or Context Parallel."
+            f"{loader} gives another model in Context Parallel's workers than in ComfyUI's process, where a node after "
+            "the loader may have made a second one; remove that node, or Context Parallel."
         )
     return patcher
 
 
 def _by_function(recipe: dict[str, Any]) -> "ModelPatcher":
-    root = ROOT if recipe["pack"] == OURS else _pack(recipe["pack"]) if recipe["pack"] else ""
+    root = ROOT if recipe["pack"] == OURS else import_pack(recipe["pack"]) if recipe["pack"] else ""
     loaded = getattr(importlib.import_module(root + recipe["module"]), recipe["function"])(*recipe["arguments"])
     return loaded if recipe["index"] is None else loaded[recipe["index"]]
 
 
 def _by_node(recipe: dict[str, Any]) -> "ModelPatcher":
     import execution
+
     import nodes
 
     _add_folders(recipe["folders"])
     if recipe["pack"]:
-        _pack(recipe["pack"])
+        import_pack(recipe["pack"])
         _add_folders(recipe["folders"])  # those that only the pack knows
     name = recipe["node"]
     if name not in nodes.NODE_CLASS_MAPPINGS:
@@ -62,7 +65,7 @@ def _by_node(recipe: dict[str, Any]) -> "ModelPatcher":
 
 
 @cache
-def _pack(folder: str) -> str:
+def import_pack(folder: str) -> str:
     """Import a node pack; what the names of its modules begin with. Raises ValueError if that cannot be done."""
     import nodes
 

@@ -80,7 +80,9 @@ def _node(prompt: dict[str, dict], node_id: str) -> dict:
 def _models(node: dict, prompt: dict[str, dict]) -> list[tuple[str, int]]:
     """The links over which a node is given models: node and output of each."""
     links = [(name, *value) for name, value in node["inputs"].items() if _is_link(value)]
-    kinds = {name: kind for each in ("required", "optional") for name, (kind, *_) in _inputs(node).get(each, {}).items()}
+    kinds = {
+        name: kind for each in ("required", "optional") for name, (kind, *_) in _inputs(node).get(each, {}).items()
+    }
     return [(source, int(i)) for name, source, i in links if "MODEL" in (kinds.get(name), _kind(prompt, source, i))]
 
 

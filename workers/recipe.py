@@ -26,18 +26,18 @@ COMFYUI = "comfy.sd"  # the module of ComfyUI whose functions a worker calls
 OURS = "skein"  # in the place of a pack's folder: this pack, whatever its folder is called
 ROOT = __name__.removesuffix(".workers.recipe")  # of the names of this pack's modules
 REFUSED = (
-    "Context Parallel loads the model again in each worker, which cannot be done here: {why}. Load it with Load Diffusion "
-    "Model, Load Checkpoint or another node that has no inputs from other nodes, and with nothing that makes a second "
-    "model between that and the first of Skein's nodes."
+    "Context Parallel loads the model again in each worker, which cannot be done here: {why}. Use a loader without "
+    "inputs from other nodes, as Load Diffusion Model, and no node that makes a second model before the first of "
+    "Skein's nodes."
 )
 
 
 def recipe_of(patcher: "ModelPatcher") -> dict[str, Any]:
     """How to load the model again, as plain data. Raises ValueError if nothing is known that could travel.
 
-    pack: "": ComfyUI, "skein", or another pack's folder. Then module, function, arguments and index (of the model in what
-    it returns), or node (loader_node.loader_of). dtype: of the weights. files: see files_of; another file is another
-    model. fingerprint: of the model that this must give; empty: not known.
+    pack: "": ComfyUI, "skein", or another pack's folder. Then module, function, arguments and index (of the model in
+    what it returns), or node (loader_node.loader_of). dtype: of the weights. files: see files_of; another file is
+    another model. fingerprint: of the model that this must give; empty: not known.
     """
     how, why = _function_of(patcher)
     if how is None:

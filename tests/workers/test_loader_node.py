@@ -32,7 +32,7 @@ def packed(models):
 
 
 def shared(prompt, loader, output=0, between=None, **inputs):
-    """The demo prompt in workers, behind another loader, with another node after that; and by which node it is loaded."""
+    """The demo prompt in workers, behind another loader, whose model is that output, with a node between."""
     graph = in_workers(seeded(prompt, 5), CPUS)
     name = node_id(graph, LOADER)
     graph[name] = {"class_type": loader, "inputs": inputs or {"name": NAME}}
@@ -82,9 +82,21 @@ def a_merge(graph):
 @pytest.mark.parametrize(
     ("how", "spoil", "sentence"),
     [
-        (("OwnLoaderByPath",), a_link, "input path of the node OwnLoaderByPath, which loads it, comes from another node"),
-        (("OwnLoader", 1), a_merge, "two models meet in the node ModelMergeSimple|merged this model with another model"),
-        (("OwnLoader", 1, ("SecondModel", {"name": NAME})), None, "OwnLoader gives another model in Context Parallel's"),
+        (
+            ("OwnLoaderByPath",),
+            a_link,
+            "input path of the node OwnLoaderByPath, which loads it, comes from another node",
+        ),
+        (
+            ("OwnLoader", 1),
+            a_merge,
+            "two models meet in the node ModelMergeSimple|merged this model with another model",
+        ),
+        (
+            ("OwnLoader", 1, ("SecondModel", {"name": NAME})),
+            None,
+            "OwnLoader gives another model in Context Parallel's",
+        ),
         (("OnlyHere",), None, "cannot import the node pack only_here.py, .*its library is not for worker processes"),
     ],
     ids=["link", "merge", "second model", "import"],

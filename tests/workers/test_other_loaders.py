@@ -128,7 +128,10 @@ def test_a_node_that_makes_a_second_model_is_refused(others, prompt):
     """KJNodes' CheckpointPerturbWeights copies the model and changes its weights."""
     graph = in_workers(load_from_list(seeded(prompt, 5), "bf16.safetensors"), CPUS)
     inputs = {"joint_blocks": 0.02, "final_layer": 0.02, "rest_of_the_blocks": 0.02, "seed": 1}
-    graph["other"] = {"class_type": "CheckpointPerturbWeights", "inputs": {**inputs, "model": [node_id(graph, STOCK_LOADER), 0]}}
+    graph["other"] = {
+        "class_type": "CheckpointPerturbWeights",
+        "inputs": {**inputs, "model": [node_id(graph, STOCK_LOADER), 0]},
+    }
     graph["parallel"]["inputs"]["model"] = ["other", 0]
     with pytest.raises(PromptError, match="gives another model in Context Parallel's workers"):
         others.run(graph)

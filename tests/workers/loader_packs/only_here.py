@@ -1,8 +1,9 @@
 """A node pack that can be imported in ComfyUI's own process only."""
 
-import __main__
 import comfy.sd
 import folder_paths
+
+import __main__
 
 if not hasattr(__main__, "start_comfyui"):
     raise ImportError("its library is not for worker processes")
