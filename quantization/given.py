@@ -44,14 +44,17 @@ def patched(source: ModelPatcher, key: str) -> Tensor | None:
 
     Its pack's patcher keeps patches for the layer's forward, and cannot be asked for the weight with them in.
     """
-    weight: Any = source.model.get_parameter(key)
-    reader = _reader(weight)
-    if reader is None:
-        return None
-    plain = reader(weight.to(source.load_device), torch.float32)
-    plain = plain.as_subclass(Tensor).to(torch.float32)
+    plain = dequantized(source.model.get_parameter(key), source.load_device)
     patches = source.patches.get(key, [])
+    if plain is None:
+        return None
     return comfy.lora.calculate_weight(patches, plain.clone(), key) if patches else plain
+
+
+def dequantized(weight: Tensor, device: torch.device) -> Tensor | None:
+    """A GGUF tensor on a device, plain, in float32; None of another one."""
+    reader = _reader(weight)
+    return None if reader is None else reader(weight.to(device), torch.float32).as_subclass(Tensor).to(torch.float32)
 
 
 def _reader(weight: Tensor) -> Any:
