@@ -37,11 +37,21 @@ def note_files(patcher: "ModelPatcher", paths: Iterable[str]) -> None:
 
 
 def _named(arguments: Iterable[Any]) -> list[str]:
-    """The files that a loader's arguments name: each a path, or several. The first is one, also if it is not there."""
+    """The files that a loader's arguments name: each a path, or several. The first is one, also if it is not there; or
+    a folder in diffusers' layout, with its weights in files of their own."""
     first, *others = [[each] if isinstance(each, str) else each for each in arguments] or [[]]
+    own = [path for path in first if isinstance(path, str)] if isinstance(first, (list, tuple)) else []
     more = [path for each in others if isinstance(each, (list, tuple)) for path in each]
-    paths = [*first, *more] if isinstance(first, (list, tuple)) else more
-    return [path for i, path in enumerate(paths) if isinstance(path, str) and (not i or os.path.isfile(path))]
+    more = [path for path in more if isinstance(path, str) and os.path.isfile(path)]
+    return [file for path in own for file in (_in_folder(path) if os.path.isdir(path) else [path])] + more
+
+
+def _in_folder(path: str) -> list[str]:
+    """The weights of a folder, and what says how they belong together."""
+    folders = Path(path), Path(path) / "transformer"
+    return sorted(
+        str(file) for folder in folders for end in ("safetensors", "json") for file in folder.glob(f"*.{end}")
+    )
 
 
 def identity(path: str) -> Identity:

@@ -3,8 +3,8 @@
     python3 -m bench.form_layer [--packs FOLDER] [--rows 118860]
 
 A single block's first layer (3072 -> 21504), random weights and inputs, in bfloat16, eager and compiled. FOLDER holds
-ComfyUI-GGUF, of which only the layer is imported; without it GGUF is left out. Errors are relative, against the layer in
-bfloat16. Ends with one JSON line.
+ComfyUI-GGUF, of which only the layer is imported; without it GGUF is left out. Errors are relative, against the layer
+in bfloat16. Ends with one JSON line.
 """
 
 import argparse
@@ -53,7 +53,9 @@ def by_gguf(weight: Tensor, form: str, operations: ModuleType) -> nn.Module:
     kind, rows = gguf.GGMLQuantizationType[GGUF[form]], weight.float().cpu().numpy()
     data = gguf.quants.quantize(rows, kind) if form == "q8_0" else getattr(forms, form)(rows)
     layer = operations.GGMLOps.Linear(SIZES[1], SIZES[0], bias=False)
-    stored = operations.GGMLTensor(torch.from_numpy(data).to(weight.device), tensor_type=kind, tensor_shape=weight.shape)
+    stored = operations.GGMLTensor(
+        torch.from_numpy(data).to(weight.device), tensor_type=kind, tensor_shape=weight.shape
+    )
     layer.weight = nn.Parameter(stored, requires_grad=False)
     return layer
 

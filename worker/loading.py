@@ -47,9 +47,8 @@ def _by_function(recipe: dict[str, Any]) -> "ModelPatcher":
 
 
 def _by_node(recipe: dict[str, Any]) -> "ModelPatcher":
+    nodes = _nodes()
     import execution
-
-    import nodes
 
     _add_folders(recipe["folders"])
     if recipe["pack"]:
@@ -64,11 +63,17 @@ def _by_node(recipe: dict[str, Any]) -> "ModelPatcher":
     return outputs[recipe["output"]][0]
 
 
+def _nodes() -> Any:
+    """ComfyUI's module `nodes`. It puts a folder in front of the path in which there is another module `utils`, so
+    that ComfyUI's own has to be imported before, as its main.py does."""
+    importlib.import_module("utils.extra_config")
+    return importlib.import_module("nodes")
+
+
 @cache
 def import_pack(folder: str) -> str:
     """Import a node pack; what the names of its modules begin with. Raises ValueError if that cannot be done."""
-    import nodes
-
+    nodes = _nodes()
     if not os.path.exists(folder):
         raise ValueError(IMPORT.format(pack=_called(folder), why=f"{folder} is not there."))
     with _server(), _warnings() as said:
