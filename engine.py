@@ -17,7 +17,6 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from . import conflicts, live, needs
 from .estimate import advice
-from .files import files_of
 from .footprint import load_of, world_of
 from .latents import some_values
 from .models import Network, Seam
@@ -29,6 +28,7 @@ from .presets import resolve, wanted
 from .quantization import is_quantized
 from .report import note
 from .techniques import TECHNIQUES, Sampling, delegating, evaluations
+from .workers.recipe import note_origin
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -43,7 +43,7 @@ def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
     """
     plan = _with_threshold(replace(plan_of(patcher), **changes), patcher)
     needs.require(plan, changes.keys() & {*plan.techniques, "preset"}, patcher)
-    files_of(patcher)  # noted while they are what ComfyUI has just loaded
+    note_origin(patcher)  # while the files are what ComfyUI has just loaded
     clone = patcher.clone()
     clone.set_attachments(PLAN_KEY, plan)
     for key, asking in ((TWIN_KEY, [plan.fp8, plan.preset]), (PLAIN_KEY, [plan.fp8, plan.compile, plan.preset])):

@@ -8,11 +8,13 @@ the file again (a worker, a second model without dynamic VRAM) asks here first.
 import hashlib
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
+MAPS = Path("/proc/self/maps")
 FILES_KEY = "_skein_files"  # on a model: the identities of its files
 Identity = dict[str, Any]  # of a file, as plain data; of one that is not there, its path alone
 CONTENTS = ("size", "digest")  # of an identity, what is the same on another machine
@@ -23,17 +25,24 @@ LOAD_AGAIN = 'To load it again, use "Unload Models and Execution Cache" in Comfy
 
 def files_of(patcher: "ModelPatcher") -> list[Identity]:
     """What the files of a model were when Skein first saw it: now, if it has not yet."""
-    kept = vars(patcher.model)
-    if FILES_KEY not in kept:
+    if FILES_KEY not in vars(patcher.model):
         recipe = patcher.cached_patcher_init
-        first = recipe[1][0] if recipe and recipe[1] else []  # of a loader's arguments: a path, or several
-        note_files(patcher, [first] if isinstance(first, str) else first if isinstance(first, (list, tuple)) else [])
-    return kept[FILES_KEY]
+        note_files(patcher, _named(recipe[1]) if recipe else [])
+    return vars(patcher.model)[FILES_KEY]
 
 
 def note_files(patcher: "ModelPatcher", paths: Iterable[str]) -> None:
-    """Note what the files of a model are now, by a loader that knows them all."""
+    """Note what a model's files are now: by who knows them, in the place of what files_of finds."""
     vars(patcher.model)[FILES_KEY] = [identity(path) for path in paths]
+
+
+def _named(arguments: Iterable[Any]) -> list[str]:
+    """The files that a loader's arguments name: each a path, or several. The first is one, also if it is not there."""
+    first, *others = [[each] if isinstance(each, str) else each for each in arguments] or [[]]
+    own = [path for path in first if isinstance(path, str)] if isinstance(first, (list, tuple)) else []
+    more = [path for each in others if isinstance(each, (list, tuple)) for path in each]
+    more = [path for path in more if isinstance(path, str) and os.path.isfile(path)]
+    return own + more
 
 
 def identity(path: str) -> Identity:
@@ -69,6 +78,17 @@ def require_unchanged(patcher: "ModelPatcher", reader: str) -> None:
     what = changes(files_of(patcher))
     if what:
         raise ValueError(f"{what} since ComfyUI loaded it, and {reader} would have to read it. {LOAD_AGAIN}")
+
+
+def memory_of_files() -> list[tuple[range, str]]:
+    """The addresses at which this process has files in its memory, and their paths; none where the system does not
+    tell."""
+    found = []
+    for line in MAPS.read_text().splitlines() if MAPS.exists() else []:
+        addresses, _access, _offset, _device, inode, *path = line.split(maxsplit=5)
+        if inode != "0":
+            found.append((range(*(int(each, 16) for each in addresses.split("-"))), "".join(path)))
+    return found
 
 
 class Watched:

@@ -1,5 +1,6 @@
 """ComfyUI's server, where one runs in this process, and the prompt that it executes."""
 
+import os
 import re
 import sys
 import uuid
@@ -36,6 +37,13 @@ def executing() -> tuple[str | None, str | None, str | None]:
     return context.prompt_id, _workflow_id(_extra_data(instance, context.prompt_id)), context.node_id
 
 
+def running_prompt() -> dict[str, dict]:
+    """The prompt that the calling thread executes, node by id, as a client has sent it; empty where there is none. Not
+    in it are nodes that others have put in their place while it runs."""
+    prompt_id, *_ = executing()
+    return {} if prompt_id is None else _running(server(), prompt_id)[0]
+
+
 def keep_metadata(asked: dict) -> dict:
     """For add_to_metadata: a handler of the prompts that the server is sent."""
     extra_data: Any = asked.get("extra_data")
@@ -60,9 +68,14 @@ def add_to_metadata(key: str, value: Any) -> None:
 
 def _extra_data(instance: Any, prompt_id: str) -> dict:
     """What a client has sent with a prompt that runs."""
+    return _running(instance, prompt_id)[1]
+
+
+def _running(instance: Any, prompt_id: str) -> tuple[dict, dict]:
+    """A prompt that runs, and what a client has sent with it."""
     running, _ = instance.prompt_queue.get_current_queue_volatile()
-    found = (extra_data for _, each, _, extra_data, *_ in running if each == prompt_id)
-    return next((each for each in found if isinstance(each, dict)), {})
+    found = ((prompt, extra_data) for _, each, prompt, extra_data, *_ in running if each == prompt_id)
+    return next((each for each in found if isinstance(each[1], dict)), ({}, {}))
 
 
 def _workflow_id(extra_data: Any) -> str | None:
@@ -70,6 +83,19 @@ def _workflow_id(extra_data: Any) -> str | None:
     for key in ("extra_pnginfo", "workflow", "id"):
         extra_data = extra_data.get(key) if isinstance(extra_data, dict) else None
     return extra_data if isinstance(extra_data, str) else None
+
+
+def pack_of(module: str) -> str:
+    """The folder, or the file, of the node pack that a module belongs to, as ComfyUI's load_custom_node takes it; empty
+    for one of no pack."""
+    for root in (module, module.partition(".")[0]):  # a pack of one file may have dots in its name, a folder has none
+        file = getattr(sys.modules.get(root), "__file__", None) or ""
+        folder = os.path.dirname(file)
+        if os.path.isabs(root) and root == os.path.splitext(file)[0]:
+            return file
+        if os.path.isabs(root) and root == folder.replace(".", "_x_"):
+            return folder
+    return ""
 
 
 def origin_of(function: Any) -> str:

@@ -11,12 +11,16 @@ from ..float8 import FP8
 from ..models import TEXT_ENCODER_KEEPS, Network
 from ..out_of_memory import is_out_of_memory
 from ..plan import FP8Config
+from .given import can_be_read, is_plain
 from .linear import MULTIPLE, QuantizedLinear
 
 logger = logging.getLogger("skein")
 
 MISSING = "FP8 needs torchao: run `python -m pip install torchao` with ComfyUI's Python, then restart ComfyUI."
-SCALED = "The checkpoint is already quantized; it runs as ComfyUI loads it, without Skein's FP8."
+SCALED = (
+    "The checkpoint is already quantized, to fewer bits than FP8 or to a form that gains nothing by it; it runs as it "
+    "is loaded, without Skein's FP8."
+)
 NONE_FIT = (
     "No layer of this model's blocks has sizes that FP8 can compute (multiples of 16); it runs as ComfyUI loads it."
 )
@@ -61,14 +65,15 @@ def supported_mode(mode: str, device: torch.device) -> str:
 
 
 def block_layers(model: nn.Module, config: FP8Config, mode: str) -> dict[str, str] | None:
-    """Paths of the Linear layers in a model's blocks, in running order -> mode; None if they are quantized already.
+    """Paths of the Linear layers in a model's blocks, in running order -> mode; None if FP8 leaves them as they are,
+    because they are quantized already (given.py).
 
     Raises ValueError if the architecture is not known.
     """
     layers: dict[str, str] = {}
     for block in Network(model.get_submodule("diffusion_model")).blocks:
         for name, layer in block.module.named_modules():
-            if already_quantized(layer):
+            if left_as_it_is(layer):
                 return None
             if quantizable(layer):
                 modulation = block.is_modulation(name)
@@ -78,12 +83,12 @@ def block_layers(model: nn.Module, config: FP8Config, mode: str) -> dict[str, st
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether a model's blocks are quantized already, so that FP8 leaves it as it is."""
+    """Whether a model's blocks are quantized already so that FP8 leaves it as it is."""
     try:
         blocks = Network(model.get_submodule("diffusion_model")).blocks
     except ValueError:
         return False
-    return any(already_quantized(layer) for block in blocks for layer in block.module.modules())
+    return any(left_as_it_is(layer) for block in blocks for layer in block.module.modules())
 
 
 def computes_in_fp8(device: torch.device) -> bool:
@@ -95,7 +100,7 @@ def saved_bytes(model: nn.Module, config: FP8Config) -> int:
     """Bytes that FP8 takes off a model's weights, without their scales. Raises ValueError if the architecture is not
     known."""
     weights = [model.get_parameter(f"{path}.weight") for path in block_layers(model, config, config.mode) or ()]
-    return sum(weight.numel() * (weight.element_size() - 1) for weight in weights)
+    return sum(weight.nbytes - weight.shape.numel() for weight in weights)
 
 
 def text_layers(model: nn.Module) -> dict[str, str] | None:
@@ -114,13 +119,22 @@ def text_layers(model: nn.Module) -> dict[str, str] | None:
 def already_quantized(layer: nn.Module) -> bool:
     """Whether the weight is a tensor subclass: ComfyUI's scaled FP8, GGUF, another torchao."""
     weight = layer._parameters.get("weight")
-    return weight is not None and type(weight.data) not in (torch.Tensor, nn.Parameter)
+    return weight is not None and not is_plain(weight)
+
+
+def left_as_it_is(layer: nn.Module) -> bool:
+    """Whether the weight is quantized already so that FP8 cannot take its place."""
+    weight = layer._parameters.get("weight")
+    return weight is not None and not is_plain(weight) and not can_be_read(weight)
 
 
 def quantizable(layer: nn.Module) -> bool:
-    if not isinstance(layer, nn.Linear) or layer.weight is None:
+    weight = layer._parameters.get("weight")
+    if weight is None or len(weight.shape) != 2 or any(size % MULTIPLE for size in weight.shape):
         return False
-    return layer.weight.is_floating_point() and all(size % MULTIPLE == 0 for size in layer.weight.shape)
+    if already_quantized(layer):  # ComfyUI's layer for these is no nn.Linear
+        return hasattr(layer, "in_features") and can_be_read(weight)
+    return isinstance(layer, nn.Linear) and weight.is_floating_point()
 
 
 def refuse_conflicts(patcher: ModelPatcher, layers: dict[str, str]) -> None:

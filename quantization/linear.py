@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..float8 import FP8, FP8_MAX, SMALLEST, to_fp8
+from .given import scaled_fp8
 
 MULTIPLE = 16  # torch._scaled_mm wants both sides of a weight to be multiples of this
 HEADROOM = 8  # weight_only: how far LoRA may grow a row under its scale; floating point keeps its precision below
@@ -99,7 +100,15 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize_weight(weight: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """FP8 values (O, I) and float32 scale, (1, 1) per tensor, else (O, 1), of a weight (O, I) of any floating type."""
+    """FP8 values (O, I) and float32 scale, (1, 1) per tensor, else (O, 1), of a weight (O, I) of any floating type.
+
+    Of what is FP8 already its own values and scale, in memory of their own.
+    """
+    given = scaled_fp8(weight)
+    if given is not None:
+        data, scale = given
+        rows = 1 if mode == "per_tensor" else weight.shape[0]
+        return data.clone(), scale.float().reshape(1, 1).repeat(rows, 1)
     from torchao.quantization import Float8Tensor, PerRow, PerTensor
 
     weight = weight.float()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import live
 from ..models import share
 from ..patchers import clone_over, unload
+from .given import patched
 from .linear import QuantizedLinear
 
 logger = logging.getLogger("skein")
@@ -117,6 +118,9 @@ def merged_weights(source: ModelPatcher, name: str) -> tuple[Tensor, Tensor | No
     """Weight (O, I) and bias (O,) of a layer on the load device, with its patches in, as ComfyUI would run them."""
 
     def merged(key: str) -> Tensor:
+        read = patched(source, key)
+        if read is not None:
+            return read
         if key in source.patches:
             return source.patch_weight_to_device(key, device_to=source.load_device, return_weight=True)
         return memory.cast_to_device(comfy.utils.get_attr(source.model, key), source.load_device, None)
@@ -130,8 +134,8 @@ def _make_room(source: ModelPatcher, modes: dict[str, str]) -> None:
     if source.load_device.type == "cpu":
         return
     weights = [source.model.get_submodule(name).weight for name in modes]
-    twin = memory.module_size(source.model) - sum(weight.nbytes - weight.numel() for weight in weights)
-    steps = 16 * max(weight.numel() for weight in weights)
+    twin = memory.module_size(source.model) - sum(weight.nbytes - weight.shape.numel() for weight in weights)
+    steps = 16 * max(weight.shape.numel() for weight in weights)
     memory.free_memory(twin + steps + memory.minimum_inference_memory(), source.load_device)
 
 

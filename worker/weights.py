@@ -9,7 +9,6 @@ otherwise (--disable-mmap), and weights that are put together of several, are in
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management as memory
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 
 from ..attributes import changed
 from ..checkpoints.taking import Taking
-from ..workers.recipe import load
+from ..files import memory_of_files
+from .loading import load
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-MAPS = Path("/proc/self/maps")
 KNOWN_KEY = "_skein_in_file"  # on a module: its Parameters that lie in the file's memory, or go back there
 
 Weights = dict[str, tuple[Tensor, Tensor]]  # of a module, by name: a Parameter, and its data in the file's memory
@@ -47,7 +46,7 @@ def load_from_file(recipe: dict[str, Any]) -> "ModelPatcher":
     with changed([(memory, "DISABLE_SMART_MEMORY", True)]), Taking():
         patcher = load(recipe)
     here = [each.data_ptr() for each in patcher.model.parameters() if each.device.type == "cpu"]
-    files = [each for each in _memory_of_files() if any(address in each for address in here)]
+    files = [each for each, _ in memory_of_files() if any(address in each for address in here)]
     for module in patcher.model.modules():
         weights: Weights = {}
         _note(module, weights, files)
@@ -59,7 +58,7 @@ def load_from_file(recipe: dict[str, Any]) -> "ModelPatcher":
 
 def held_outside_of_files(patchers: Iterable["ModelPatcher"]) -> Held:
     """What models that may share tensors take outside of the files that they were loaded from."""
-    files, held, seen = _memory_of_files(), Held(), set()
+    files, held, seen = [each for each, _ in memory_of_files()], Held(), set()
     for patcher in patchers:
         for prefix, module in patcher.model.named_modules():
             known = vars(module).get(KNOWN_KEY, {})
@@ -73,16 +72,6 @@ def held_outside_of_files(patchers: Iterable["ModelPatcher"]) -> Held:
                 elif known.get(name, (None,))[0] is not tensor and f"{prefix}.{name}" not in patcher.backup:
                     held.device += tensor.nbytes  # what is patched goes: ComfyUI has the weight as it was on the CPU
     return held
-
-
-def _memory_of_files() -> list[range]:
-    """The addresses at which this process has files in its memory; none where the system does not tell."""
-    found = []
-    for line in MAPS.read_text().splitlines() if MAPS.exists() else []:
-        addresses, _access, _offset, _device, inode, *_path = line.split(maxsplit=5)
-        if inode != "0":
-            found.append(range(*(int(each, 16) for each in addresses.split("-"))))
-    return found
 
 
 def _note(module: nn.Module, weights: Weights, files: list[range]) -> None:

@@ -62,11 +62,13 @@ def available() -> int:
 
 def _share_converted(recipe: dict) -> float:
     """How much of a model's files ComfyUI's loader does not leave in them: it converts what is of another type than the
-    model, and reads files that are not safetensors, or all (--disable-mmap), into memory."""
+    model, and reads files that are neither safetensors nor GGUF, or all (--disable-mmap), into memory."""
     if getattr(args, "disable_mmap", False):
         return 1.0
     same = total = 0
     for each in recipe["files"]:
+        if each["path"].endswith(".gguf"):  # ComfyUI-GGUF maps it, and takes the weights as they are
+            return 0.0
         try:
             with safe_open(each["path"], "pt") as file:
                 slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 (it is no mapping)

@@ -1,58 +1,88 @@
-"""How a worker comes to the same model: the loader's recipe, and the patches that nodes have put on the weights.
+"""How a worker comes to the same model: how it was loaded, and the patches that nodes have put on the weights.
 
-Weights never travel. ComfyUI's loaders note on a ModelPatcher how to load it again; a worker does just that, with
-weights of the type that ComfyUI chose in its own process: it chooses by the device, and devices may differ.
+Weights never travel. A worker loads the model again, by what is noted on its ModelPatcher (`cached_patcher_init`: a
+function of ComfyUI's, of this pack or of another one's), or else by the node that has loaded it, with weights of the
+type that ComfyUI chose in its own process: it chooses by the device, and devices may differ. worker/loading.py reads
+what is written here.
 """
 
-import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 import comfy.weight_adapter
 import torch
-from comfy.cli_args import args
 
-from ..attributes import changed
-from ..checkpoints.loading import load_diffusers
+from .. import host
 from ..files import files_of
+from .fingerprint import fingerprint_of
+from .loader_node import UNKNOWN, loader_of, note_loader
 from .protocol import NotPlain, pack
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 Patches = dict[str, list[tuple]]
-MODULE = "comfy.sd"  # whose loaders a worker calls, beside Skein's own
-TYPES = {"float32": "fp32_unet", "bfloat16": "bf16_unet", "float16": "fp16_unet"}  # ComfyUI's options for each
+COMFYUI = "comfy.sd"  # the module of ComfyUI whose functions a worker calls
+OURS = "skein"  # in the place of a pack's folder: this pack, whatever its folder is called
+ROOT = __name__.removesuffix(".workers.recipe")  # of the names of this pack's modules
+REFUSED = (
+    "Context Parallel loads the model again in each worker, which cannot be done here: {why}. Use a loader without "
+    "inputs from other nodes, as Load Diffusion Model, and no node that makes a second model before the first of "
+    "Skein's nodes."
+)
 
 
 def recipe_of(patcher: "ModelPatcher") -> dict[str, Any]:
-    """How to load the model again, as plain data. Raises ValueError if its loader left no recipe that can travel."""
-    recipe = patcher.cached_patcher_init
-    if recipe is None or (recipe[0] is not load_diffusers and recipe[0].__module__ != MODULE):
-        raise ValueError(
-            "Context Parallel loads the model again in each worker, and this model's loader does not tell how; "
-            "load it with Load Diffusion Model or Load Checkpoint (not GGUF, not a merged model)."
-        )
+    """How to load the model again, as plain data. Raises ValueError if nothing is known that could travel.
+
+    pack: "": ComfyUI, "skein", or another pack's folder. Then module, function, arguments and index (of the model in
+    what it returns), or node (loader_node.loader_of). dtype: of the weights. files: see files_of; another file is
+    another model. fingerprint: of the model that this must give; empty: not known.
+    """
+    how, why = _function_of(patcher)
+    if how is None:
+        try:
+            how = loader_of(patcher)
+            pack(how, [])
+        except NotPlain as error:
+            raise ValueError(REFUSED.format(why=error)) from error
+        except ValueError as error:
+            raise ValueError(REFUSED.format(why=why or error)) from error
+    dtype = str(patcher.model.get_dtype()).removeprefix("torch.")
+    return {**how, "dtype": dtype, "files": files_of(patcher), "fingerprint": fingerprint_of(patcher)}
+
+
+def note_origin(patcher: "ModelPatcher") -> None:
+    """Note on a model what is known of where it comes from only while a node is executed that it has come to: the node
+    that has loaded it, where there is no function, and what its files are."""
+    if _function_of(patcher)[0] is None:
+        note_loader(patcher)
+    files_of(patcher)
+
+
+def _function_of(patcher: "ModelPatcher") -> tuple[dict[str, Any] | None, str]:
+    """The function that a model's loader has left, if a worker can call it; else why it cannot, if there is one."""
+    if patcher.cached_patcher_init is None:
+        return None, ""
+    function, arguments, *index = patcher.cached_patcher_init
+    module, name = getattr(function, "__module__", ""), getattr(function, "__name__", "")
+    if getattr(sys.modules.get(module), name, None) is not function:
+        return None, UNKNOWN  # a method, or made inside of another function
+    owner = OURS if module.startswith(f"{ROOT}.") else host.pack_of(module)
+    if not owner and module != COMFYUI:
+        return None, UNKNOWN
     try:
-        pack(recipe[1], [])
+        pack(arguments, [])
     except NotPlain as error:
-        raise ValueError(f"Context Parallel cannot load this model again: {error}.") from error
-    return {
-        "loader": recipe[0].__name__,
-        "arguments": list(recipe[1]),
-        "index": recipe[2] if len(recipe) > 2 else None,
-        "dtype": str(patcher.model.get_dtype()).removeprefix("torch."),
-        "files": files_of(patcher),  # as ComfyUI loaded them: another file, another model
-    }
+        return None, str(error)
+    within = module if not owner else module.removeprefix(ROOT if owner == OURS else root_of(owner))
+    how = {"pack": owner, "module": within, "function": name, "arguments": list(arguments)}
+    return {**how, "index": index[0] if index else None}, ""
 
 
-def load(recipe: dict[str, Any]) -> "ModelPatcher":
-    """The model of a recipe, by ComfyUI's loader."""
-    options = [(args, option, dtype == recipe["dtype"]) for dtype, option in TYPES.items()]
-    with changed(options if recipe["dtype"] in TYPES else []):
-        own = recipe["loader"] == load_diffusers.__name__
-        loader = load_diffusers if own else getattr(importlib.import_module(MODULE), recipe["loader"])
-        loaded = loader(*recipe["arguments"])
-    return loaded if recipe["index"] is None else loaded[recipe["index"]]
+def root_of(folder: str) -> str:
+    """What ComfyUI names the modules of a pack by: their names begin so."""
+    return folder.removesuffix(".py") if folder.endswith(".py") else folder.replace(".", "_x_")
 
 
 def inference_type(patcher: "ModelPatcher") -> torch.dtype:

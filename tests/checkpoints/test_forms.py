@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from forms import FORMS, demo_weights, diffusers_folder
+from diffusers_forms import FORMS, diffusers_folder
+from forms import demo_weights
 from graphs import CACHE, frames, seeded
 from skein.checkpoints.loading import load_diffusers
 from skein.demo import LOADER

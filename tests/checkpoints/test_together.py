@@ -9,7 +9,8 @@ from pathlib import Path
 import comfy.cli_args
 import pytest
 import torch
-from forms import demo_weights, diffusers_folder
+from diffusers_forms import diffusers_folder
+from forms import demo_weights
 from safetensors import safe_open
 from skein.attributes import changed
 from skein.checkpoints.loading import load_diffusers

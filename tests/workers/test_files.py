@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import comfy.sd
 import pytest
@@ -11,9 +12,11 @@ import torch
 from random_checkpoints import SMALL, random_model, text
 from skein import engine
 from skein.bench.errors import relative_error
-from skein.demo.sampling import sample
+from skein.demo.sampling import load_demo_model, sample
+from skein.files import changes, files_of
 from skein.plan import ParallelConfig
 from skein.workers import GroupError, group, release
+from skein.workers.recipe import recipe_of
 from small_models import save_random_hunyuan_video
 
 TWO = ParallelConfig("cpu,cpu")
@@ -156,3 +159,42 @@ def test_one_with_the_size_header_and_time_of_the_other_is_another(model, tmp_pa
     os.utime(file_of(model), ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert os.stat(file_of(model)).st_size == stat.st_size
     refused_at_once(model, "has changed on disk")
+
+
+def test_a_folder_stands_for_the_files_in_it(tmp_path):
+    """As a loader of diffusers' folders names one; a pipeline's weights are in `transformer`."""
+    pipeline = tmp_path / "pipeline"
+    (pipeline / "transformer").mkdir(parents=True)
+    for name in (
+        "model_index.json",
+        "transformer/config.json",
+        "transformer/shard.safetensors",
+        "transformer/notes.txt",
+    ):
+        (pipeline / name).write_bytes(b"0" * 100)
+    model = SimpleNamespace(cached_patcher_init=(print, (str(pipeline), {})), model=torch.nn.Module())
+    assert [each["path"].removeprefix(f"{pipeline}/") for each in files_of(model)] == [
+        "model_index.json",
+        "transformer/config.json",
+        "transformer/shard.safetensors",
+    ]
+    assert not changes(files_of(model))
+    (pipeline / "transformer" / "shard.safetensors").write_bytes(b"1" * 100)
+    assert "shard.safetensors has changed on disk" in changes(files_of(model))
+
+
+def test_a_function_of_this_pack_is_called_in_the_workers(demo_model):
+    """Whatever the pack's folder is called in ComfyUI's process."""
+    loaded = demo_model.clone()
+    loaded.cached_patcher_init = (load_demo_model, ())
+    assert recipe_of(loaded)["pack"] == "skein" and recipe_of(loaded)["function"] == "load_demo_model"
+    prompt = "a red circle moves left"
+    workers = sample(engine.edit(loaded, parallel=TWO), prompt, **SMALL)
+    assert relative_error(workers, sample(demo_model, prompt, **SMALL)) < TOLERANCE
+
+
+def test_a_function_that_nobody_could_find_again_is_refused(demo_model):
+    loaded = demo_model.clone()
+    loaded.cached_patcher_init = (lambda path: load_demo_model(), ("a path",))
+    with pytest.raises(ValueError, match="cannot be done here: its loader has left no recipe for that"):
+        recipe_of(loaded)
