@@ -24,7 +24,7 @@ class Checkpoint:
     """One transformer's files.
 
     weights: safetensors files. index: which of these has which key, by the index file `index_file`; empty without one.
-    config: what config.json says; empty without one.
+    config: what config.json says; empty without one. pipeline: the class of the pipeline that the folder is a part of.
     """
 
     weights: tuple[Path, ...]
@@ -32,6 +32,7 @@ class Checkpoint:
     index_file: Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     config_file: Path | None = None
+    pipeline: str = ""
 
     @property
     def name(self) -> str:
@@ -56,12 +57,14 @@ def find(path: Path) -> Checkpoint:
     if not index and weights.suffix != SUFFIX:
         raise ValueError(f"{weights} is not a {SUFFIX} file, an index of such or a folder with one.")
     config = folder / CONFIG if (folder / CONFIG).exists() else None
+    pipeline = folder.parent / PIPELINE
     return Checkpoint(
         tuple(folder / name for name in sorted(set(index.values()))) if index else (weights,),
         index,
         weights if index else None,
         _read(config) if config else {},
         config,
+        str(_read(pipeline).get("_class_name", "")) if folder.name == PART and pipeline.exists() else "",
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..files import note_files
 from . import together
-from .folder import CONFIG, Checkpoint, find
+from .folder import Checkpoint, find
 from .headers import keys_of
 from .keys import KeyMap, Made, make, plan
 from .maps import MAPS, SETTINGS
@@ -181,14 +181,8 @@ def _require_all(found: Checkpoint, patcher: "ModelPatcher", planned: dict[str, 
 
 
 def _set(found: Checkpoint, name: str, network: nn.Module) -> None:
-    """What the config of a class says and ComfyUI does not find out from the weights."""
-    if name not in SETTINGS:
-        return
-    if not found.config:
-        raise ValueError(
-            f"{found.weights[0].parent} has no {CONFIG}, which says of {name} what the weights do not show: put the "
-            "one that belongs to them there."
-        )
-    for path, value in SETTINGS[name](found.config).items():
+    """What the configs say and ComfyUI does not find out from the weights."""
+    settings = SETTINGS[name](found.config, found.pipeline) if name in SETTINGS else {}
+    for path, value in settings.items():
         owner, _, attribute = path.rpartition(".")
         setattr(network.get_submodule(owner), attribute, value)

@@ -32,8 +32,8 @@ class DiffusersTransformerNode(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=names(),
-                    tooltip="A folder in models/diffusers or models/diffusion_models: a whole pipeline, its transformer "
-                    "folder alone, or a repository's folder of the Hugging Face cache.",
+                    tooltip="A folder in models/diffusers or models/diffusion_models: a pipeline, its transformer "
+                    "alone, or a repository of the Hugging Face cache.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -41,7 +41,7 @@ class DiffusersTransformerNode(io.ComfyNode):
                     default="default",
                     optional=True,
                     advanced=True,
-                    tooltip="As in Load Diffusion Model: the type that weights are stored in. default: ComfyUI chooses.",
+                    tooltip="The type that weights are stored in, as in Load Diffusion Model.",
                 ),
             ],
             outputs=[io.Model.Output()],

@@ -1,15 +1,16 @@
 """One page a family of models. A new class of diffusers' is a page here and its name in MAPS.
 
 ComfyUI knows some classes by diffusers' keys, and converts them: FLUX.1, SD3, Z-Image, AuraFlow, PixArt, Qwen-Image,
-HiDream, Kandinsky 5. They need no page.
+HiDream, Kandinsky 5. They need no map.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..keys import KeyMap
-from . import cogvideox, qwen_image
+from . import cogvideox, ltx, qwen_image
 from .cogvideox import COGVIDEOX
+from .cosmos import COSMOS_PREDICT2
 from .flux import CHROMA, FLUX2
 from .hunyuan_video import HUNYUAN_IMAGE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
 from .ltx import LTX_VIDEO
@@ -29,11 +30,13 @@ MAPS: tuple[KeyMap, ...] = (
     COGVIDEOX,
     MOCHI,
     LUMINA2,
+    COSMOS_PREDICT2,
 )
 
-# Of a class: what its config.json says and ComfyUI does not find out from the weights, as attributes of ComfyUI's
-# network by their paths.
-SETTINGS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+# Of a class: what ComfyUI does not find out from the weights, as attributes of its network by their paths. Made of what
+# config.json says, and of the pipeline's class.
+SETTINGS: Mapping[str, Callable[[Mapping[str, Any], str], dict[str, Any]]] = {
     "CogVideoXTransformer3DModel": cogvideox.settings,
+    "LTXVideoTransformer3DModel": ltx.settings,
     "QwenImageTransformer2DModel": qwen_image.settings,
 }

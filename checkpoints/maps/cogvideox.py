@@ -35,8 +35,10 @@ OF_CLASS = dict(  # of diffusers' class, where a config is older than an entry
 )  # fmt: skip
 
 
-def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings(config: Mapping[str, Any], _pipeline: str) -> dict[str, Any]:
     """See SETTINGS."""
+    if not config:
+        raise ValueError("CogVideoX's config.json is missing, which says how positions are embedded: put it there.")
     config = {**OF_CLASS, **config}
     if config["patch_size_t"]:
         return {}

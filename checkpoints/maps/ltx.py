@@ -1,5 +1,8 @@
 """LTX-Video."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..keys import KeyMap, Weights, under
 
 ATTENTION: Weights = {
@@ -31,6 +34,12 @@ AROUND: Weights = {
     "scale_shift_table": "scale_shift_table",
     "proj_out": "proj_out",
 }
+
+
+def settings(_config: Mapping[str, Any], pipeline: str) -> dict[str, Any]:
+    """See SETTINGS. From 0.9.5 on, the first latent frame is one frame; only the pipeline's class tells."""
+    return {"causal_temporal_positioning": True} if pipeline == "LTXConditionPipeline" else {}
+
 
 LTX_VIDEO = KeyMap(
     classes=("LTXVideoTransformer3DModel",), weights=AROUND, blocks={"num_layers": "transformer_blocks.*"}

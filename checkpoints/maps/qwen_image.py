@@ -4,6 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings(config: Mapping[str, Any], _pipeline: str) -> dict[str, Any]:
     """See SETTINGS. Edit 2511 sees its reference images at timestep 0."""
     return {"default_ref_method": "index_timestep_zero"} if config.get("zero_cond_t") else {}

@@ -140,10 +140,40 @@ def sd3() -> tuple[Given, Given]:
     return theirs, dict(x=latent, timesteps=1000 * SIGMA, context=text, y=pooled)
 
 
+def hidream() -> tuple[Given, Given]:
+    """HiDreamImagePipeline: timestep sigma * 1000 in both, and the output is the opposite of ComfyUI's. A square image:
+    diffusers pads others."""
+    latent, text, llama, pooled = randoms((1, 16, 8, 8), (1, TEXT, 48), (1, 3, TEXT, 40), (1, 64))
+    theirs: Given = dict(
+        hidden_states=latent, timesteps=1000 * SIGMA, encoder_hidden_states_t5=text,
+        encoder_hidden_states_llama3=llama.transpose(0, 1), pooled_embeds=pooled,
+    )  # fmt: skip
+    ours: Given = dict(x=latent, t=1000 * SIGMA, y=pooled, context=text, encoder_hidden_states_llama3=llama)
+    return theirs, ours | dict(image_cond=None)
+
+
+def aura_flow() -> tuple[Given, Given]:
+    """AuraFlowPipeline: time sigma in both."""
+    latent, text = randoms((1, 4, 12, 8), (1, TEXT, 2048))
+    theirs: Given = dict(hidden_states=latent, encoder_hidden_states=text, timestep=SIGMA)
+    return theirs, dict(x=latent, timestep=SIGMA, context=text)
+
+
+def pixart() -> tuple[Given, Given]:
+    """PixArtSigmaPipeline: the same timestep in both; diffusers' output has the variance behind, which is not used."""
+    latent, text = randoms((1, 4, 64, 64), (1, TEXT, 4096))
+    theirs: Given = dict(hidden_states=latent, encoder_hidden_states=text, timestep=1000 * SIGMA)
+    return theirs, dict(x=latent, timesteps=1000 * SIGMA, context=text)
+
+
 TWO: dict[str, Any] = dict(num_layers=2, num_attention_heads=2, joint_attention_dim=48)
 FLUX = TWO | dict(num_single_layers=2, pooled_projection_dim=64)
 FLUX2 = TWO | dict(num_single_layers=2)
 QWEN_SIZES = dict(num_attention_heads=2, joint_attention_dim=48)
+HIDREAM: dict[str, Any] = dict(
+    num_layers=1, num_single_layers=1, num_attention_heads=2, caption_channels=[48, 40], text_emb_dim=64,
+    num_routed_experts=2, num_activated_experts=1, llama_layers=[0, 2],
+)  # fmt: skip
 LUMINA_SIZES = dict(
     n_heads=4, n_kv_heads=2, axes_dims=[32] * 3, axes_lens=[300, 512, 512], rope_theta=10000.0, ffn_dim_multiplier=4.0
 )
@@ -207,6 +237,28 @@ CASES = {
         lumina2,
         lambda output: -output,
         sizes=LUMINA_SIZES,
+    ),
+    "HiDream": Case(
+        "HiDreamImageTransformer2DModel",
+        HIDREAM | dict(patch_size=2, in_channels=16, out_channels=16, axes_dims_rope=(64, 32, 32)),
+        hidream,
+        lambda output: -output,
+        sizes=HIDREAM,
+    ),
+    "AuraFlow": Case(
+        "AuraFlowTransformer2DModel",
+        dict(
+            num_mmdit_layers=2, num_single_dit_layers=2, attention_head_dim=128, num_attention_heads=2,
+            joint_attention_dim=2048, caption_projection_dim=256,
+        ),
+        aura_flow,
+        sizes=dict(dim=256, n_heads=2, global_conddim=256),
+    ),
+    "PixArt Sigma": Case(  # as wide as released: ComfyUI counts on it
+        "PixArtTransformer2DModel",
+        dict(num_layers=1, sample_size=64, caption_channels=4096, use_additional_conditions=False),
+        pixart,
+        lambda output: output.chunk(2, dim=1)[0],
     ),
     "Chroma": Case(  # as deep as released: ComfyUI counts on it
         "ChromaTransformer2DModel",

@@ -4,6 +4,7 @@ weights in ComfyUI's class give the same output.
 A row of CASES is a model. Conventions of timestep, guidance and text are the row's: it writes the inputs of both.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,10 @@ class Case:
     output: diffusers' output as ComfyUI's network has it.
     cut: text that the mask hides is cut off before ComfyUI's network runs, as Skein's Attention does.
     since: ComfyUI's first version that has the model, as (0, 18, 2).
+    pipeline: the class of the pipeline that it is a part of.
+    bound: how far off the output may be, of its norm.
+    fit: changes diffusers' network where ComfyUI's has a size that the config cannot ask for.
+    sizes: what ComfyUI's detection takes for granted of released models, as it is in this one.
     """
 
     network: str
@@ -41,6 +46,8 @@ class Case:
     output: Callable[[Tensor], Tensor] = field(default=lambda output: output)
     cut: bool = False
     since: tuple[int, ...] = ()
+    pipeline: str = ""
+    bound: float = 1e-5
     fit: Callable[[nn.Module], None] | None = None
     sizes: dict[str, Any] = field(default_factory=dict)
 
@@ -96,7 +103,9 @@ def outputs(case: Case, network: nn.Module, patcher) -> tuple[Tensor, Tensor]:
 def error(case: Case, folder: Path) -> float:
     """How far the loaded model's output is from diffusers', of its norm."""
     network = random_network(case)
-    save_in_shards(network, folder)
+    save_in_shards(network, folder / "transformer")
+    if case.pipeline:
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": case.pipeline}))
     with of_sizes(case.sizes):
         patcher = load_diffusers(str(folder))
     expected, found = outputs(case, network, patcher)

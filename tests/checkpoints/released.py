@@ -8,7 +8,7 @@ from typing import Any
 
 WAN, VACE, FLUX = "WanTransformer3DModel", "WanVACETransformer3DModel", "FluxTransformer2DModel"
 FLUX2, QWEN, LTX = "Flux2Transformer2DModel", "QwenImageTransformer2DModel", "LTXVideoTransformer3DModel"
-COG, SD3 = "CogVideoXTransformer3DModel", "SD3Transformer2DModel"
+COSMOS, COG, SD3 = "CosmosTransformer3DModel", "CogVideoXTransformer3DModel", "SD3Transformer2DModel"
 WAN_SMALL: dict[str, Any] = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 WAN_IMAGE: dict[str, Any] = dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
 COG_5B: dict[str, Any] = dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
@@ -16,6 +16,10 @@ COG_15 = COG_5B | dict(patch_size_t=2, patch_bias=False, sample_height=300, samp
 SD3_MEDIUM: dict[str, Any] = dict(
     num_layers=24, num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536,
     pooled_projection_dim=2048, pos_embed_max_size=192,
+)  # fmt: skip
+COSMOS_2B: dict[str, Any] = dict(
+    in_channels=16, out_channels=16, num_attention_heads=16, num_layers=28, rope_scale=(1.0, 4.0, 4.0),
+    extra_pos_embed_type=None,
 )  # fmt: skip
 
 RELEASED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -77,4 +81,20 @@ RELEASED: dict[str, tuple[str, dict[str, Any], str]] = {
     "Lumina Image 2.0": ("Lumina2Transformer2DModel", {}, "Lumina2"),
     "Chroma1": ("ChromaTransformer2DModel", {}, "Chroma"),
     "AuraFlow": ("AuraFlowTransformer2DModel", {}, "AuraFlow"),
+    "SkyReels V2 14B": ("SkyReelsV2Transformer3DModel", {}, "WAN21_T2V"),
+    "Cosmos Predict2 2B Text2Image": (COSMOS, COSMOS_2B, "CosmosT2IPredict2"),
+    "Cosmos Predict2 2B Video2World": (COSMOS, COSMOS_2B | dict(in_channels=17), "CosmosI2VPredict2"),
+    "HiDream-I1": (
+        "HiDreamImageTransformer2DModel",
+        dict(
+            patch_size=2, in_channels=16, out_channels=16, caption_channels=[4096, 4096], axes_dims_rope=(64, 32, 32),
+            llama_layers=[*range(32), *[31] * 16],
+        ),
+        "HiDream",
+    ),
+    "Kandinsky 5 Lite": (
+        "Kandinsky5Transformer3DModel",
+        dict(in_visual_dim=16, out_visual_dim=16, visual_cond=True, model_dim=1792, ff_dim=7168),
+        "Kandinsky5",
+    ),
 }  # fmt: skip

@@ -68,8 +68,8 @@ def ltx_video(tokens: Tensor) -> Tensor:
 
 def cogvideox(shape: tuple[int, ...], rotary: bool = True, image: bool = False, offset: bool = False) -> Callable:
     """CogVideoXPipeline and CogVideoXImageToVideoPipeline: frames before channels; the same timestep; rotary factors as
-    their _prepare_rotary_positional_embeddings makes them of a video of the trained size. offset: 1.5, two frames a token;
-    its image to video is told 2.0."""
+    their _prepare_rotary_positional_embeddings makes them of a video of the trained size. offset: 1.5, with two frames
+    a token; its image to video is told 2.0."""
 
     def inputs() -> tuple[Given, Given]:
         latent, text = randoms((1, 32 if image else 16, *shape), (1, 226, 48))
@@ -114,6 +114,27 @@ def opposite(output: Tensor) -> Tensor:
     return -output
 
 
+def kandinsky5() -> tuple[Given, Given]:
+    """Kandinsky5T2VPipeline: channels last; the scheduler's timestep in both; positions of 512 x 768."""
+    latent, text, pooled = randoms((1, 33, 3, 8, 6), (1, 12, 3584), (1, 768))
+    theirs: Given = dict(
+        hidden_states=latent.permute(0, 2, 3, 4, 1), encoder_hidden_states=text, timestep=TIME,
+        pooled_projections=pooled, visual_rope_pos=(torch.arange(3), torch.arange(4), torch.arange(3)),
+        text_rope_pos=torch.arange(12), scale_factor=(1.0, 2.0, 2.0),
+    )  # fmt: skip
+    return theirs, dict(x=latent, timestep=TIME, context=text, y=pooled)
+
+
+def cosmos() -> tuple[Given, Given]:
+    """Cosmos2TextToImagePipeline: the same time in both; nothing of the image is padding."""
+    latent, text = randoms((1, 16, 3, 8, 6), (1, 12, 1024))
+    time = torch.tensor([SIGMA])
+    theirs: Given = dict(
+        hidden_states=latent, timestep=time, encoder_hidden_states=text, padding_mask=torch.zeros(1, 1, 64, 48)
+    )
+    return theirs, dict(x=latent, timesteps=time, context=text)
+
+
 WAN: dict[str, Any] = dict(num_attention_heads=2, attention_head_dim=128, ffn_dim=64, num_layers=2)
 WAN_IMAGE = WAN | dict(in_channels=36, image_dim=1280, added_kv_proj_dim=256)
 VACE = WAN | dict(num_layers=4, vace_layers=[0, 2], in_channels=16, vace_in_channels=96)
@@ -130,8 +151,16 @@ CASES = {
     ),
     "Wan 2.2 image to video": Case("WanTransformer3DModel", WAN | dict(in_channels=36), wan(36)),
     "Wan 2.2 5B": Case("WanTransformer3DModel", WAN | dict(in_channels=48, out_channels=48), wan(48, frames=True)),
+    "SkyReels V2": Case("SkyReelsV2Transformer3DModel", WAN, wan()),
     "Wan 2.1 VACE": Case("WanVACETransformer3DModel", VACE, wan(control=True)),
     "LTX-Video": Case("LTXVideoTransformer3DModel", LTX, ltx(causal=False, kept=9), ltx_video),
+    "LTX-Video 0.9.5 and later": Case(
+        "LTXVideoTransformer3DModel",
+        LTX,
+        ltx(causal=True, kept=16),
+        ltx_video,
+        pipeline="LTXConditionPipeline",
+    ),
     "CogVideoX 2B": Case(
         "CogVideoXTransformer3DModel", COG | SMALL, cogvideox((3, 8, 6), rotary=False), frames_second, since=SINCE
     ),
@@ -165,5 +194,36 @@ CASES = {
         opposite,
         fit=mochi_feed_forward,
         sizes=dict(depth=3, num_heads=2, hidden_size_x=256, hidden_size_y=96, mlp_ratio_x=48.0, t5_feat_dim=64),
+    ),
+    "Kandinsky 5": Case(
+        "Kandinsky5Transformer3DModel",
+        dict(
+            in_visual_dim=16,
+            out_visual_dim=16,
+            time_dim=64,
+            model_dim=256,
+            ff_dim=128,
+            num_text_blocks=1,
+            num_visual_blocks=2,
+            axes_dims=(32, 48, 48),
+            visual_cond=True,
+        ),
+        kandinsky5,
+        lambda output: output[None].permute(0, 4, 1, 2, 3),
+        bound=1e-3,  # diffusers rounds queries and keys to bfloat16, whatever the model's type
+        sizes=dict(axes_dims=(32, 48, 48)),
+    ),
+    "Cosmos Predict 2": Case(
+        "CosmosTransformer3DModel",
+        dict(
+            in_channels=16,
+            out_channels=16,
+            num_attention_heads=2,
+            num_layers=2,
+            rope_scale=(1.0, 4.0, 4.0),
+            extra_pos_embed_type=None,
+        ),
+        cosmos,
+        sizes=dict(num_blocks=2, num_heads=2),
     ),
 }
