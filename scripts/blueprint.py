@@ -34,6 +34,7 @@ PARTS = {  # the nodes inside, in their order -> their widgets that are on the o
     "SkeinFirstBlockCache": {"residual_diff_threshold": "residual_diff_threshold"},
 }
 INPUT, OUTPUT = -10, -20  # what ComfyUI numbers the two ends of a subgraph
+OUTSIDE = -1  # and the owner of widgets that its inputs have
 LEFT, TOP, GAP = 300, 120, 60
 END_SIZE, ROW = (200, 40), 20
 
@@ -49,14 +50,14 @@ def build(object_info: dict) -> dict:
     inputs: list[dict[str, Any]] = [{"name": "model", "type": "MODEL"}]
     ends = [INPUT, *(part["id"] for part in parts), OUTPUT]
     links = [[source, 0, target, 0, "MODEL"] for source, target in pairwise(ends)]
-    promoted = []
+    values = []
     for part in parts:
         slots = {socket["name"]: slot for slot, socket in enumerate(part["inputs"])}
         for name, inside in PARTS[part["type"]].items():
             kind = part["inputs"][slots[inside]]["type"]
             links.append([INPUT, len(inputs), part["id"], slots[inside], kind])
             inputs.append({"name": name, "type": kind, "widget": {"name": name}})
-            promoted.append([str(part["id"]), inside])
+            values.append(inputs_of(object_info[part["type"]])[inside][1]["default"])
     own = {
         "id": len(parts) + 1,
         "type": id_of(),
@@ -68,8 +69,8 @@ def build(object_info: dict) -> dict:
         "inputs": [{**each, "link": None} for each in inputs],
         "outputs": [{"name": "MODEL", "type": "MODEL", "links": []}],
         "title": TITLE,
-        "properties": {"proxyWidgets": promoted},
-        "widgets_values": [],
+        "properties": {"proxyWidgets": [[str(OUTSIDE), each["name"]] for each in inputs[1:]]},
+        "widgets_values": values,
     }
     return {
         "revision": 0,

@@ -2,10 +2,11 @@
 
 import json
 import re
+from contextlib import suppress
 
 import pytest
 from pack import ROOT
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, TimeoutError, expect
 
 import workflows
 
@@ -66,10 +67,13 @@ class ComfyPage:
         self.page.evaluate("(w) => app.loadGraphData(w, true, true, 'test')", workflow)
 
     def search(self, words: str, x: int, y: int) -> Locator:
-        """Open the search by a double click on the canvas, and search; the results."""
-        self.page.wait_for_timeout(500)  # the canvas takes no double click while it is set up
-        self.page.mouse.dblclick(x, y)
-        self.page.get_by_role("combobox").first.fill(words)
+        """Open the search by a double click on the canvas, if it is not open, and search; the results."""
+        box = self.page.locator("input[aria-controls=results-list]")
+        while not box.is_visible():  # the canvas takes no double click while it is set up
+            self.page.mouse.dblclick(x, y)
+            with suppress(TimeoutError):
+                box.wait_for(timeout=3000)
+        box.fill(words)
         return self.page.locator("#results-list [role=option]")
 
     def put_down(self, result: Locator, title: str, x: int, y: int) -> None:

@@ -1,4 +1,5 @@
-"""What nodes say, in the language of the page. The Chinese texts are in statuses.json and locales/zh, and the help pages quote them."""
+"""What nodes say, in the language of the page: the Chinese texts are in statuses.json and locales/zh. Help pages quote
+them."""
 
 import json
 import re

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from blueprint import PARTS, TITLE
+from blueprint import PARTS, PATH, TITLE
 from comfy_page import ComfyPage, demo_workflow, skip_older
 from playwright.sync_api import expect
 
@@ -18,6 +18,10 @@ BYPASS = """() => {
   app.canvas.graph.nodes.find((node) => node.type === "SkeinCompile").mode = 4; // LiteGraph's number for it
   app.extensionManager.command.execute("Comfy.Canvas.FitView");
 }"""
+SET = """([title, name, value]) => {
+  app.graph.nodes.find((node) => node.title === title).widgets.find((widget) => widget.name === name).value = value;
+}"""
+OUTSIDE = [name for names in PARTS.values() for name in names]
 VALUES = """(title) => Object.fromEntries(
   app.graph.nodes.find((node) => node.title === title).widgets.map((widget) => [widget.name, widget.value]))"""
 
@@ -42,6 +46,22 @@ def added(comfy):
     return comfy
 
 
+def test_its_widgets_are_there_and_count_in_every_front_end(browser, ui_server):
+    """In those of older versions too, which list it elsewhere."""
+    with ComfyPage(browser, ui_server) as comfy:
+        comfy.open_workflow(json.loads(PATH.read_text()))
+        comfy.wait(f"app.graph.nodes[0]?.widgets?.length === {len(OUTSIDE)}")
+        assert list(comfy.page.evaluate(VALUES, TITLE)) == OUTSIDE
+        comfy.page.evaluate(SET, [TITLE, "fp8_mode", "weight_only"])
+        comfy.page.evaluate(SET, [TITLE, "residual_diff_threshold", 0.3])
+        prompt = comfy.page.evaluate("async () => (await app.graphToPrompt()).output")
+        parts = {node["class_type"]: node["inputs"] for node in prompt.values()}
+        assert list(parts) == list(PARTS)
+        assert parts["SkeinFP8Quantize"]["mode"] == "weight_only" and parts["SkeinCompile"]["mode"] == "default"
+        assert parts["SkeinFirstBlockCache"]["residual_diff_threshold"] == 0.3
+        assert comfy.complaints() == []
+
+
 def test_the_search_shows_it_after_the_node(added):
     assert added.first == ["Speed Up (Skein)", TITLE]
 
@@ -56,9 +76,8 @@ def test_the_node_library_lists_it(comfy):
 
 
 def test_it_shows_what_people_change(added):
-    outside = [name for names in PARTS.values() for name in names]
     values = added.page.evaluate(VALUES, TITLE)
-    assert list(values) == outside
+    assert list(values) == OUTSIDE
     assert values["kernel"] == "auto" and values["residual_diff_threshold"] == -1
 
 
@@ -76,10 +95,8 @@ def test_it_can_be_opened_and_changed(added):
 def test_it_runs_with_what_is_set_on_its_outside(added):
     """And the panel's slider writes into it."""
     added.page.evaluate(PUT_BETWEEN, TITLE)
-    set_value = "([title, name, value]) => app.graph.nodes.find((node) => node.title === title).widgets"
-    set_value += ".find((widget) => widget.name === name).value = value"
-    added.page.evaluate(set_value, [TITLE, "residual_diff_threshold", 0.5])
-    added.page.evaluate(set_value, [TITLE, "fp8_mode", "weight_only"])
+    added.page.evaluate(SET, [TITLE, "residual_diff_threshold", 0.5])
+    added.page.evaluate(SET, [TITLE, "fp8_mode", "weight_only"])
     prompt = added.page.evaluate("async () => (await app.graphToPrompt()).output")
     parts = {node["class_type"]: node["inputs"] for node in prompt.values() if node["class_type"] in PARTS}
     assert parts["SkeinFirstBlockCache"]["residual_diff_threshold"] == 0.5
