@@ -214,5 +214,5 @@ def test_a_block_that_is_called_otherwise_gets_a_sentence():
             return hidden
 
     patcher.add_object_patch("diffusion_model.single_blocks.0", Another())
-    with pytest.raises(ValueError, match="does not know how single_block 0 of this model is called"):
+    with pytest.raises(ValueError, match="does not know the arguments of single_block 0 of this model"):
         sample(CASES["FLUX.1"], engine.edit(patcher, cache=PLANS["cache"]))
