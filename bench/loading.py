@@ -1,11 +1,14 @@
 """Seconds and memory of loading a folder in diffusers' format, beside Load Diffusion Model on the same weights.
 
-    python3 -m bench.loading [--gb 2.5] [--shards 4] [--dtype bfloat16] [--dynamic] [--folder PATH]
+    python3 -m bench.loading [--gb 2.5] [--shards 4] [--dtype bfloat16] [--dynamic] [--workers] [--folder PATH]
 
 Makes a HunyuanVideo of true width with so many blocks as come nearest to --gb, with random weights in bfloat16, in
 diffusers' format and in ComfyUI's. Each loader runs in a fresh process. Ends with one JSON line: seconds; the most that
-the process had of its own (anonymous) memory while it loaded, and of files', beyond what it had before; and after it.
+the process had of its own (anonymous) memory while it loaded, of files' and of shared memory, beyond what it had before;
+and after it.
 --dtype: the type in the model, or an option of Load Diffusion Model's; "default" is float32 on a CPU.
+--workers: also what ComfyUI's process and two workers on the CPU have together after a step in the workers; memory that
+several processes have is counted once.
 --dynamic: with ComfyUI's dynamic VRAM, as its server switches it on for NVIDIA GPUs.
 """
 
@@ -18,7 +21,7 @@ import threading
 import time
 from pathlib import Path
 
-DYNAMIC = "--dynamic"
+DYNAMIC, WORKERS = "--dynamic", "--workers"
 if DYNAMIC in sys.argv:
     import comfy_aimdo.control
 
@@ -35,12 +38,18 @@ import comfy.model_management  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfyui_version  # noqa: E402
+import psutil  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from skein import engine  # noqa: E402
+from skein.bench.random_model import conditioning  # noqa: E402
 from skein.checkpoints.keys import make, plan  # noqa: E402
 from skein.checkpoints.loading import load_diffusers  # noqa: E402
 from skein.checkpoints.maps.hunyuan_video import HUNYUAN_VIDEO  # noqa: E402
+from skein.demo.sampling import sample  # noqa: E402
 from skein.nodes.checkpoints import WEIGHT_TYPES  # noqa: E402
+from skein.plan import ParallelConfig  # noqa: E402
+from skein.workers import release  # noqa: E402
 
 NAME = "diffusion_pytorch_model"
 LOADERS = {"ours": load_diffusers, "stock": comfy.sd.load_diffusion_model}
@@ -93,9 +102,22 @@ def make_single(folder: Path, file: Path) -> None:
 
 
 def memory() -> dict[str, float]:
-    """GB that this process has of its own, and of files."""
+    """GB that this process has of its own, of files, and of memory that others can share."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(lines[key].split()[0]) * 1024 / 1e9 for name, key in (("own", "RssAnon"), ("files", "RssFile"))}
+    kinds = {"own": "RssAnon", "files": "RssFile", "shared": "RssShmem"}
+    return {name: int(lines[key].split()[0]) * 1024 / 1e9 for name, key in kinds.items()}
+
+
+def memory_of_all() -> dict[str, float]:
+    """GB that this process and all those below it have, each page once (PSS)."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    total = {"own": 0.0, "files": 0.0, "shared": 0.0}
+    for process in processes:
+        text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+        lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        for name, key in (("own", "Pss_Anon"), ("files", "Pss_File"), ("shared", "Pss_Shmem")):
+            total[name] += int(lines[key].split()[0]) * 1024 / 1e9
+    return total
 
 
 class Peak:
@@ -138,8 +160,23 @@ def load(name: str, path: str, dtype: str) -> dict[str, float]:
     return {"seconds": round(seconds, 2)} | {key: round(value, 3) for key, value in gb.items()}
 
 
-def in_a_fresh_process(name: str, path: Path, given: argparse.Namespace) -> dict[str, float]:
-    options = ["--load", name, "--folder", str(path), "--dtype", given.dtype, *([DYNAMIC] if given.dynamic else [])]
+def sample_in_workers(name: str, path: str, dtype: str) -> dict[str, float]:
+    """What all processes have after one step of a small latent in two workers."""
+    patcher = LOADERS[name](path, dict(OPTIONS[dtype]))
+    before = memory_of_all()
+    started = time.perf_counter()
+    sample(
+        engine.edit(patcher, parallel=ParallelConfig("cpu,cpu")),
+        conditioning(8), conditioning(8), shape=(1, 16, 1, 8, 8), steps=1,
+    )  # fmt: skip
+    seconds, after = time.perf_counter() - started, memory_of_all()
+    release()
+    gb = {f"{each}_gb": round(after[each], 3) for each in after}
+    return {"first_step_s": round(seconds, 2), "before_gb": round(sum(before.values()), 3)} | gb
+
+
+def in_a_fresh_process(name: str, path: Path, given: argparse.Namespace, *more: str) -> dict[str, float]:
+    options = [*more, "--load", name, "--folder", str(path), "--dtype", given.dtype, *([DYNAMIC] if given.dynamic else [])]
     done = subprocess.run(
         [sys.executable, "-m", "bench.loading", *options], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -152,6 +189,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--dtype", choices=list(OPTIONS), default="bfloat16")
     parser.add_argument(DYNAMIC, action="store_true")
+    parser.add_argument(WORKERS, action="store_true")
     parser.add_argument("--folder", type=Path, help="where to make the files; a temporary folder is removed again")
     parser.add_argument("--load", choices=list(LOADERS), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -159,16 +197,20 @@ def main() -> None:
         if given.dynamic:
             switch_dynamic_on()
         with torch.inference_mode():
-            print(json.dumps(load(given.load, str(given.folder), given.dtype)))
+            how = sample_in_workers if given.workers else load
+            print(json.dumps(how(given.load, str(given.folder), given.dtype)))
         return
     with tempfile.TemporaryDirectory(dir=given.folder) as place:
         folder, single = Path(place) / "transformer", Path(place) / "single.safetensors"
         folder.mkdir()
         size = make_folder(folder, given.gb, given.shards)
         make_single(folder, single)
-        rows = {name: in_a_fresh_process(name, path, given) for name, path in (("stock", single), ("ours", folder))}
+        paths = {"stock": single, "ours": folder}
+        rows = {name: in_a_fresh_process(name, path, given) for name, path in paths.items()}
+        if given.workers:
+            rows |= {f"{name}, workers": in_a_fresh_process(name, path, given, WORKERS) for name, path in paths.items()}
     for name, row in rows.items():
-        print(f"{name:6} " + ", ".join(f"{key} {value}" for key, value in row.items()))
+        print(f"{name:14} " + ", ".join(f"{key} {value}" for key, value in row.items()))
     shown = {"gb": round(size / 1e9, 2), "shards": given.shards, "dtype": given.dtype, "dynamic": given.dynamic}
     print(json.dumps({"comfyui": comfyui_version.__version__, **shown, **rows}))
 
