@@ -1,4 +1,4 @@
-"""LoRAs on a model in diffusers' format: in the keys that ComfyUI's LoRA nodes know, as merged into diffusers' weights."""
+"""LoRAs on a model in diffusers' format, in the keys that ComfyUI knows, beside the same merged into diffusers' own."""
 
 import comfy.sd
 import pytest
@@ -47,7 +47,7 @@ FLUX_CASE = Case(
 
 @pytest.fixture(params=[(CASES["HunyuanVideo"], HUNYUAN_VIDEO), (FLUX_CASE, FLUX)], ids=["HunyuanVideo", "FLUX.1"])
 def loaded(request, tmp_path):
-    """The case, diffusers' network, the loaded model, and the LoRA's factors (up, down) of each of diffusers' layers."""
+    """The case, its layers, diffusers' network, the loaded model, and the LoRA's factors (up, down) of each layer."""
     case, layers = request.param
     network = random_network(case)
     save_in_shards(network, tmp_path)

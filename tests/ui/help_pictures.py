@@ -6,6 +6,7 @@ import copy
 import io
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from comfy_page import ComfyPage
@@ -23,6 +24,7 @@ FRAMES = 4  # of a video, below the picture
 LOADER, SAMPLER = "UNETLoader", "KSampler"
 COMPILE, PREVIEW, REPORT = "SkeinCompile", "SkeinLatentVideoPreview", "SkeinCacheReport"
 SPEED_UP = "SkeinSpeedUp"
+DIFFUSERS = "HunyuanVideo"  # a folder in diffusers' format
 
 # What nodes that need a GPU have said, on H100s with random weights. KERNEL, FP8 and SPARSE (at that density): under
 # `-m bench.step --densities 0.5` on one, HunyuanVideo 13 B, 720p x 129 frames. CALLS and DECODED: the seconds that
@@ -59,6 +61,7 @@ PLACES = {
     "SkeinFP8TextEncoder": Place(("DualCLIPLoader",), "CLIPTextEncode"),
     CACHE_NODE: Place(),  # as well
     PREVIEW: Place((LOADER, SAMPLER), None, values={"scale": 8}),
+    "SkeinLoadDiffusersTransformer": Place((), values={"model_name": DIFFUSERS}),
     "SkeinReleaseWorkers": Place((SAMPLER,), "VAEDecode"),
     "SkeinSparseAttention": Place(said=SPARSE),
     "SkeinVAEDecodeParallel": Place((SAMPLER, "VAELoader"), "CreateVideo", said=DECODED),
@@ -111,6 +114,8 @@ FOLLOW = """([above, below, gap]) => {
 def draw_help(comfy: ComfyPage, server: ComfyServer, names: list[str]) -> dict[str, Image.Image]:
     """The pictures of these nodes' help pages. comfy: a page with Vue nodes, SCALE pixels to one of the page."""
     said, run, frames = run_demo(server)
+    in_diffusers_format(server.base / "models" / "diffusers" / DIFFUSERS)
+    comfy.page.evaluate("() => app.refreshComboInNodes()")
     pictures = {}
     for name in names:
         place = PLACES.get(name, Place())
@@ -121,6 +126,12 @@ def draw_help(comfy: ComfyPage, server: ComfyServer, names: list[str]) -> dict[s
             picture = below(picture, draw_run(run, WIDTH, WIDTH * 3 // 5))
         pictures[name] = picture
     return pictures
+
+
+def in_diffusers_format(folder: Path) -> None:
+    """A pipeline's folder, as the list of models looks at it."""
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
 
 
 def run_demo(server: ComfyServer) -> tuple[dict[str, str], Run, np.ndarray]:
