@@ -176,7 +176,16 @@ def sample_in_workers(name: str, path: str, dtype: str) -> dict[str, float]:
 
 
 def in_a_fresh_process(name: str, path: Path, given: argparse.Namespace, *more: str) -> dict[str, float]:
-    options = [*more, "--load", name, "--folder", str(path), "--dtype", given.dtype, *([DYNAMIC] if given.dynamic else [])]
+    options = [
+        *more,
+        "--load",
+        name,
+        "--folder",
+        str(path),
+        "--dtype",
+        given.dtype,
+        *([DYNAMIC] if given.dynamic else []),
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "bench.loading", *options], cwd=ROOT, capture_output=True, text=True, check=True
     )

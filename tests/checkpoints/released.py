@@ -1,7 +1,7 @@
 """Configurations of models that are released in diffusers' format: what differs from diffusers' class as it is.
 
-ComfyUI's class that each has to be taken for stands beside. Nothing was downloaded: they are what diffusers' classes,
-documentation and conversion scripts say of them.
+ComfyUI's class that each has to be taken for stands beside. Nothing was downloaded: the numbers are those of diffusers'
+defaults, and otherwise what is known of these models.
 """
 
 from typing import Any

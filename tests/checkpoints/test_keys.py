@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from forms import backwards
+from diffusers_forms import backwards
 from skein.checkpoints.keys import Changed, KeyMap, make, part, plan, shaped, swap_halves, under
 from skein.checkpoints.maps import MAPS
 
