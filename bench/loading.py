@@ -4,8 +4,8 @@
 
 Makes a HunyuanVideo of true width with so many blocks as come nearest to --gb, with random weights in bfloat16, in
 diffusers' format and in ComfyUI's. Each loader runs in a fresh process. Ends with one JSON line: seconds; the most that
-the process had of its own (anonymous) memory while it loaded, of files' and of shared memory, beyond what it had before;
-and after it.
+the process had of its own (anonymous) memory while it loaded, of files' and of shared memory, beyond what it had
+before; and after it.
 --dtype: the type in the model, or an option of Load Diffusion Model's; "default" is float32 on a CPU.
 --workers: also what ComfyUI's process and two workers on the CPU have together after a step in the workers; memory that
 several processes have is counted once.
@@ -44,10 +44,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from skein import engine  # noqa: E402
 from skein.bench.random_model import conditioning  # noqa: E402
 from skein.checkpoints.keys import make, plan  # noqa: E402
-from skein.checkpoints.loading import load_diffusers  # noqa: E402
+from skein.checkpoints.loading import WEIGHT_TYPES, load_diffusers  # noqa: E402
 from skein.checkpoints.maps.hunyuan_video import HUNYUAN_VIDEO  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
-from skein.nodes.checkpoints import WEIGHT_TYPES  # noqa: E402
 from skein.plan import ParallelConfig  # noqa: E402
 from skein.workers import release  # noqa: E402
 
@@ -176,16 +175,8 @@ def sample_in_workers(name: str, path: str, dtype: str) -> dict[str, float]:
 
 
 def in_a_fresh_process(name: str, path: Path, given: argparse.Namespace, *more: str) -> dict[str, float]:
-    options = [
-        *more,
-        "--load",
-        name,
-        "--folder",
-        str(path),
-        "--dtype",
-        given.dtype,
-        *([DYNAMIC] if given.dynamic else []),
-    ]
+    options = ["--load", name, "--folder", str(path), "--dtype", given.dtype, *more]
+    options += [DYNAMIC] if given.dynamic else []
     done = subprocess.run(
         [sys.executable, "-m", "bench.loading", *options], cwd=ROOT, capture_output=True, text=True, check=True
     )

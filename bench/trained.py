@@ -15,8 +15,8 @@ EMBEDDED = MODEL_FOLDER / MODEL_NAME
 
 
 def load_trained_model(path: Path = EMBEDDED) -> ModelPatcher:
-    """HunyuanVideo by ComfyUI's loader; Wan by the configuration that it was trained with, as ComfyUI takes the width of
-    its text for that of the released models."""
+    """HunyuanVideo by ComfyUI's loader; Wan by the configuration that it was trained with, as ComfyUI takes the width
+    of its text for that of the released models."""
     state = load_file(path)
     if "head.modulation" not in state:
         return comfy.sd.load_diffusion_model(str(path))

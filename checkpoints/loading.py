@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.sd
 import comfy.utils
+import torch
 from torch import Tensor, nn
 
 from ..files import note_files
@@ -24,6 +25,13 @@ from .taking import Taking, owned
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
+# As in Load Diffusion Model: the options of comfy.sd.load_diffusion_model for each.
+WEIGHT_TYPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
+    "fp8_e5m2": {"dtype": torch.float8_e5m2},
+}
 # What ComfyUI's detection raises about keys that it takes for those of another model.
 UNDETECTED = (KeyError, IndexError, AttributeError, TypeError)
 MISFIT = "Error(s) in loading state_dict"  # begins what PyTorch raises where shapes are not the model's

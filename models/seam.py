@@ -130,8 +130,8 @@ class Forward:
         values = {**dict(zip(self.names, args)), **kwargs}
         if len(args) > len(self.names) or self.stack.image not in values:
             raise ValueError(
-                f"Skein does not know the arguments of {self.block} of this model; remove the node that replaced it, or "
-                "the Skein nodes."
+                f"Skein does not know the arguments of {self.block} of this model; remove the node that replaced it, "
+                "or the Skein nodes."
             )
         return values
 

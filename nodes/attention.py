@@ -28,7 +28,8 @@ class AttentionNode(io.ComfyNode):
                     options=list(KERNELS),
                     default=DEFAULTS.kernel,
                     optional=True,
-                    tooltip="auto measures the kernels that can run and takes the fastest. stock is ComfyUI's own attention.",
+                    tooltip="auto measures the kernels that can run and takes the fastest. stock is ComfyUI's own "
+                    "attention.",
                 ),
                 io.Boolean.Input(
                     "trim_text",

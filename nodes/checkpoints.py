@@ -1,21 +1,10 @@
 """Load Diffusers Transformer: a model in diffusers' format, in shards or not, which ComfyUI's loader cannot read."""
 
-from typing import Any
-
-import torch
 from comfy_api.latest import io
 
 from ..checkpoints.folder import find
 from ..checkpoints.listing import names, path_of
-from ..checkpoints.loading import load_diffusers
-
-# As in Load Diffusion Model: the options of comfy.sd.load_diffusion_model for each.
-WEIGHT_TYPES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
-    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
-    "fp8_e5m2": {"dtype": torch.float8_e5m2},
-}
+from ..checkpoints.loading import WEIGHT_TYPES, load_diffusers
 
 
 class DiffusersTransformerNode(io.ComfyNode):

@@ -41,7 +41,8 @@ class SparseAttentionNode(io.ComfyNode):
                 part_of_sampling(
                     "start_percent",
                     DEFAULTS.start_percent,
-                    "Attention is sparse from this share of sampling on (0 to 1). The first steps decide the composition.",
+                    "Attention is sparse from this share of sampling on (0 to 1). The first steps decide the "
+                    "composition.",
                 ),
                 part_of_sampling(
                     "end_percent",
