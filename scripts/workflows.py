@@ -62,6 +62,7 @@ TEMPLATES = {  # by the name of the API prompt
     "hunyuan_video_i2v_context_parallel": Template(
         "Skein - HunyuanVideo multi GPU, I2V", "HunyuanVideo", "image to video"
     ),
+    "hunyuan_video_t2v_diffusers": Template("Skein - HunyuanVideo, diffusers folder", "HunyuanVideo", note="diffusers"),
     "hunyuan_video_15_t2v_fast": Template("Skein - HunyuanVideo 1.5 fast", "HunyuanVideo 1.5"),
     "wan22_t2v_fast": Template("Skein - Wan 2.2 14B fast, text to video", "Wan 2.2 14B", colour=WAN),
     "mochi_t2v_fast": Template("Skein - Mochi fast, text to video", "Mochi", colour=MOCHI),

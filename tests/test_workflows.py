@@ -27,6 +27,7 @@ FILES = {  # the inputs that name files which are not on this machine; all nodes
     "hunyuan_video_t2v_24gb": TEXT_TO_VIDEO,
     "hunyuan_video_t2v_cache": TEXT_TO_VIDEO,
     "hunyuan_video_t2v_context_parallel": TEXT_TO_VIDEO,
+    "hunyuan_video_t2v_diffusers": [("SkeinLoadDiffusersTransformer", "model_name"), *TWO_ENCODERS, VAE],
     "hunyuan_video_t2v_fast": TEXT_TO_VIDEO,
     "hunyuan_video_t2v_lora_fast": [*TEXT_TO_VIDEO, ("LoraLoaderModelOnly", "lora_name")],
     "hunyuan_video_t2v_sparse": TEXT_TO_VIDEO,
@@ -38,7 +39,7 @@ FILES = {  # the inputs that name files which are not on this machine; all nodes
 }
 REFUSALS = {"LoadImage": "custom_validation_failed"}  # what the server says of a missing file, if not: not in the list
 SHIPPED = sorted([*FILES, "skein_demo"])
-LOADERS = ("UNETLoader", "CheckpointLoaderSimple", LOADER)
+LOADERS = ("UNETLoader", "SkeinLoadDiffusersTransformer", "CheckpointLoaderSimple", LOADER)
 SAVES_CALLS = {"SkeinFirstBlockCache", "SkeinSpeedUp"}
 SEARCHED = 33  # characters of a title in which the template browser finds a word: its threshold times its distance
 SHOWN = 43  # characters that a card has room for

@@ -146,7 +146,8 @@ def allowed(value: Any, type_name: str, options: dict) -> bool:
     if type_name == "COMFY_DYNAMICCOMBO_V3":
         # a choice that brings inputs of its own would need their values too
         return any(choice["key"] == value and not any(choice["inputs"].values()) for choice in options["options"])
-    return value in options["options"] or is_file(value, options)
+    names = options["options"]  # empty: of folders that are not on this machine
+    return value in names or is_file(value, options) or (not names and isinstance(value, str))
 
 
 def on_step(value: float, options: dict) -> bool:

@@ -203,7 +203,7 @@ def test_the_vue_renderer_and_both_themes(browser, ui_server, palette):
     cache is not run, and the last run is then another workflow's."""
     settings = {"Comfy.VueNodes.Enabled": True, "Comfy.ColorPalette": palette}
     with ComfyPage(browser, ui_server, settings, reduced_motion="reduce") as comfy:
-        comfy.open_workflow(demo_workflow(seed=60 + len(palette)))
+        comfy.open_workflow(demo_workflow(seed=60 + len(palette), steps=40))  # longer than the page is ever busy
         comfy.open_panel()
         comfy.queue()
         comfy.wait_for_state("running")  # else the run before is seen

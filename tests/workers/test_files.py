@@ -4,7 +4,6 @@ import logging
 import os
 import threading
 import time
-from types import SimpleNamespace
 
 import comfy.sd
 import pytest
@@ -13,7 +12,6 @@ from random_checkpoints import SMALL, random_model, text
 from skein import engine
 from skein.bench.errors import relative_error
 from skein.demo.sampling import load_demo_model, sample
-from skein.files import changes, files_of
 from skein.plan import ParallelConfig
 from skein.workers import GroupError, group, release
 from skein.workers.recipe import recipe_of
@@ -159,28 +157,6 @@ def test_one_with_the_size_header_and_time_of_the_other_is_another(model, tmp_pa
     os.utime(file_of(model), ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert os.stat(file_of(model)).st_size == stat.st_size
     refused_at_once(model, "has changed on disk")
-
-
-def test_a_folder_stands_for_the_files_in_it(tmp_path):
-    """As a loader of diffusers' folders names one; a pipeline's weights are in `transformer`."""
-    pipeline = tmp_path / "pipeline"
-    (pipeline / "transformer").mkdir(parents=True)
-    for name in (
-        "model_index.json",
-        "transformer/config.json",
-        "transformer/shard.safetensors",
-        "transformer/notes.txt",
-    ):
-        (pipeline / name).write_bytes(b"0" * 100)
-    model = SimpleNamespace(cached_patcher_init=(print, (str(pipeline), {})), model=torch.nn.Module())
-    assert [each["path"].removeprefix(f"{pipeline}/") for each in files_of(model)] == [
-        "model_index.json",
-        "transformer/config.json",
-        "transformer/shard.safetensors",
-    ]
-    assert not changes(files_of(model))
-    (pipeline / "transformer" / "shard.safetensors").write_bytes(b"1" * 100)
-    assert "shard.safetensors has changed on disk" in changes(files_of(model))
 
 
 def test_a_function_of_this_pack_is_called_in_the_workers(demo_model):
