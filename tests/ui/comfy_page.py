@@ -106,7 +106,9 @@ class ComfyPage:
         self.wait(f"document.querySelectorAll('{POINTS}').length >= {count}")
 
     def wait_for_state(self, state: str) -> None:
-        expect(self.page.locator("header .skein-state")).to_have_attribute("data-state", state, timeout=SLOW)
+        """Looks in each frame: a short run is shown as running for less than a second."""
+        shown = "(state) => document.querySelector('header .skein-state')?.dataset.state === state"
+        self.page.wait_for_function(shown, arg=state, timeout=SLOW)
 
     def wait(self, condition: str) -> None:
         self.page.wait_for_function(condition)

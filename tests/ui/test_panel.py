@@ -203,7 +203,7 @@ def test_the_vue_renderer_and_both_themes(browser, ui_server, palette):
     cache is not run, and the last run is then another workflow's."""
     settings = {"Comfy.VueNodes.Enabled": True, "Comfy.ColorPalette": palette}
     with ComfyPage(browser, ui_server, settings, reduced_motion="reduce") as comfy:
-        comfy.open_workflow(demo_workflow(seed=60 + len(palette), steps=40))  # longer than the page is ever busy
+        comfy.open_workflow(demo_workflow(seed=60 + len(palette), steps=30))
         comfy.open_panel()
         comfy.queue()
         comfy.wait_for_state("running")  # else the run before is seen
@@ -284,7 +284,7 @@ def write_threshold(comfy, value):
 
 def test_a_threshold_that_comes_from_another_node_is_not_written(browser, ui_server):
     with ComfyPage(browser, ui_server) as comfy:
-        comfy.open_workflow(demo_workflow(seed=8))
+        comfy.open_workflow(demo_workflow(seed=8, steps=30))
         comfy.open_panel()
         comfy.queue()
         comfy.wait_for_state("running")  # else the run before is seen
@@ -302,7 +302,7 @@ def test_a_threshold_that_comes_from_another_node_is_not_written(browser, ui_ser
 def test_only_the_workflow_that_ran_is_written_into(browser, ui_server, prompt):
     """A second copy of a template has a node of the same number and kind; a program's prompt has no workflow."""
     with ComfyPage(browser, ui_server) as comfy:
-        comfy.open_workflow(demo_workflow(seed=10))
+        comfy.open_workflow(demo_workflow(seed=10, steps=30))
         ran = comfy.page.evaluate(SERIALIZED)
         comfy.open_panel()
         comfy.queue()
@@ -326,7 +326,7 @@ def test_only_the_workflow_that_ran_is_written_into(browser, ui_server, prompt):
 
 def test_no_threshold_is_offered_for_speed_up(browser, ui_server):
     """It chooses the threshold itself, and has no widget for one."""
-    workflow = demo_workflow(seed=11)
+    workflow = demo_workflow(seed=11, steps=30)
     node = next(node for node in workflow["nodes"] if node["type"] == CACHE)
     node.update(type=SPEED_UP, widgets_values=["balanced", "all"])
     node["inputs"] = [each for each in node["inputs"] if each["name"] == "model"]
