@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 from pack import ROOT
-from playwright.sync_api import Browser, Locator, Page, TimeoutError, expect
+from playwright.sync_api import Browser, Locator, Page, TimeoutError
 
 import workflows
 

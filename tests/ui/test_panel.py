@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from comfy_page import CACHE, SLOW, WIDGET, ComfyPage, demo_workflow
+from comfy_page import CACHE, POINTS, SLOW, WIDGET, ComfyPage, demo_workflow
 from pack import ROOT
 from playwright.sync_api import expect
 
@@ -346,16 +346,16 @@ def test_no_threshold_is_offered_for_speed_up(browser, ui_server):
 
 def test_behind_another_tab_of_the_bottom_panel_nothing_is_sent(browser, ui_server):
     with ComfyPage(browser, ui_server) as comfy:
-        comfy.open_workflow(demo_workflow(seed=9))
+        comfy.open_workflow(demo_workflow(seed=9, steps=13))
         comfy.open_panel()
         comfy.page.get_by_role("tab", name="Logs").click()
         comfy.panel.wait_for(state="detached")
         with comfy.page.expect_request(lambda r: r.url.endswith("/skein/listen") and '"listen":false' in r.post_data):
             comfy.queue()
         comfy.open_panel()
-        comfy.wait_for_points(12)
+        expect(comfy.page.locator(POINTS)).to_have_count(13, timeout=SLOW)  # the run before has another number
         comfy.wait_for_state("finished")
-        assert comfy.points == 12 and comfy.complaints() == []
+        assert comfy.points == 13 and comfy.complaints() == []
 
 
 def test_the_panel_and_the_nodes_in_chinese(browser, ui_server):
