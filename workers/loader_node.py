@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 NODE_KEY = "_skein_loader_node"  # on a model: the node that has loaded it, or a sentence why it is not known
-UNKNOWN = "its loader has left no recipe for that"
+UNKNOWN = "its loader does not tell how"
 
 
 def note_loader(patcher: "ModelPatcher") -> None:

@@ -114,4 +114,4 @@ def test_another_packs_attention_runs_where_skeins_does_not(tiny_model, caplog):
     with caplog.at_level("INFO", logger="skein"):
         ours = sample(engine.edit(model, attention=AttentionConfig()), "a red circle", **SMALL)
     assert relative_error(ours, stock) < 1e-5 and len(seen) == 2 * 4  # two refiner blocks a step
-    assert "another node's attention (" in caplog.text
+    assert "in place of another node's (" in caplog.text

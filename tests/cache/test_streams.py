@@ -203,7 +203,7 @@ def samples(x):
 
 
 def quality(model, threshold, **arguments):
-    value = psnr(frames(run(model, threshold, **arguments)), frames(run(model, **arguments)))
+    value = psnr(*(frames(run(model, each, **arguments), model) for each in (threshold, None)))
     print(f"{value:.1f} dB, {sum(decisions())} of {len(decisions())} reused")
     return value
 
@@ -239,7 +239,7 @@ def test_tiles_that_a_sampler_makes_one_evaluation_each(demo_model):
             x = new
         return x
 
-    value = psnr(*(frames(sampled_by(demo_model, euler_in_tiles, each)) for each in (None, THRESHOLD)))
+    value = psnr(*(frames(sampled_by(demo_model, euler_in_tiles, each), demo_model) for each in (None, THRESHOLD)))
     assert any(decisions())
     print(f"{value:.1f} dB, {sum(decisions())} of {len(decisions())} reused")
     assert value > quality(demo_model, THRESHOLD, shape=(1, 16, 3, 24, 24), steps=16) - 3

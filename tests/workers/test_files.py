@@ -172,5 +172,5 @@ def test_a_function_of_this_pack_is_called_in_the_workers(demo_model):
 def test_a_function_that_nobody_could_find_again_is_refused(demo_model):
     loaded = demo_model.clone()
     loaded.cached_patcher_init = (lambda path: load_demo_model(), ("a path",))
-    with pytest.raises(ValueError, match="cannot be done here: its loader has left no recipe for that"):
+    with pytest.raises(ValueError, match="cannot be done here: its loader does not tell how"):
         recipe_of(loaded)
