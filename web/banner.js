@@ -14,7 +14,7 @@ export class Banner {
     const { connection, error, sampling } = store;
     const failed = sampling.error !== "interrupted" && this.closed !== sampling.started && sampling.error;
     const text = {
-      reconnecting: t("The connection to ComfyUI is lost; trying again. What you see is the last that is known."),
+      reconnecting: t("The connection to ComfyUI is lost; trying again. The panel shows the last known state."),
       error: t("Skein's status could not be read ({error}).", { error }),
       ready: failed ? `${this.placeOf(sampling)}: ${failed}` : "",
     }[connection];

@@ -179,7 +179,7 @@ export class Curve {
     ];
     if (this.decisions[this.at] !== call.reused) {
       const now = this.decisions[this.at] ? t("reused") : t("computed");
-      parts.push(t("under threshold {value}: {decision}", { value: this.threshold, decision: now }));
+      parts.push(t("with threshold {value}: {decision}", { value: this.threshold, decision: now }));
     }
     this.tip.replaceChildren(...parts.map((part) => h("div", {}, part)));
     const x = this.x(this.at);

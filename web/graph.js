@@ -73,5 +73,5 @@ export function writeThreshold(run, threshold) {
   widget.value = threshold;
   widget.callback?.(threshold);
   app.canvas?.setDirty(true, true);
-  return t("{value} is in {node}; it counts from the next run on.", { value: threshold, node: node.title });
+  return t("{value} is now in {node}; the next run uses it.", { value: threshold, node: node.title });
 }

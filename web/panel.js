@@ -96,7 +96,7 @@ export class Panel {
       { class: "skein-legend" },
       h("li", { class: "skein-key-computed" }, t("computed")),
       h("li", { class: "skein-key-reused" }, t("reused")),
-      h("li", { class: "skein-key-differs" }, t("other than in the run")),
+      h("li", { class: "skein-key-differs" }, t("decided differently than in the run")),
       this.behindKey,
     );
     this.slider.title = t("An estimate: the further a call is from the last computed one, the more it changes.");

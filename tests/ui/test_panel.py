@@ -90,7 +90,7 @@ def check_slider(comfy, run):
     assert comfy.page.locator(".skein-differs").count() > 0
     write_threshold(comfy, 0.1)
     comfy.screenshot("slider")
-    expect(comfy.panel.get_by_text("counts from the next run on")).to_be_visible()
+    expect(comfy.panel.get_by_text("the next run uses it")).to_be_visible()
     assert comfy.widget() == 0.1
     slider = comfy.panel.get_by_role("slider")
     slider.focus()
@@ -314,7 +314,7 @@ def test_only_the_workflow_that_ran_is_written_into(browser, ui_server, prompt):
         assert comfy.widget() == 0.06
         comfy.open_workflow(ran)
         write_threshold(comfy, 0.12)
-        expect(comfy.panel.get_by_text("counts from the next run on")).to_be_visible()
+        expect(comfy.panel.get_by_text("the next run uses it")).to_be_visible()
         assert comfy.widget() == 0.12
 
         ui_server.run(prompt)
