@@ -111,7 +111,7 @@ def test_it_runs_with_what_is_set_on_its_outside(added):
     assert len(run["calls"]) == 4 and run["reused"] > 0
     added.move_slider(0.1)
     added.panel.get_by_role("button", name="Write 0.1 into the node").click()
-    expect(added.panel.get_by_text(f"0.1 is in {TITLE}")).to_be_visible()
+    expect(added.panel.get_by_text(f"0.1 is now in {TITLE}")).to_be_visible()
     assert added.page.evaluate(VALUES, TITLE)["residual_diff_threshold"] == pytest.approx(0.1)
     added.screenshot("blueprint")
     assert added.complaints() == [] and added.foreign_requests() == []
