@@ -1,7 +1,7 @@
 """A diffusion transformer in diffusers' format as ComfyUI's ModelPatcher.
 
 Its weights get ComfyUI's keys; then ComfyUI's loader finds out which model they are, and everything after is ComfyUI's.
-What is only renamed stays in the file's memory, what is put together is a copy: the host has the model once.
+What is only renamed stays in the file's memory, what is put together is a copy that all processes share (together.py).
 """
 
 import re

@@ -2,8 +2,9 @@
 workers share and that it can take back, however many workers there are and wherever the model is.
 
 ComfyUI's loaders read a safetensors file by mapping it into memory, convert what is not of the model's type, and copy
-each weight into its Parameter. Here the Parameter takes what it would copy (checkpoints/taking.py). Files that are read
-otherwise (--disable-mmap), and weights that are put together of several, are in each worker's memory.
+each weight into its Parameter. Here the Parameter takes what it would copy (checkpoints/taking.py); what is put
+together of several weights is in memory that all have (checkpoints/together.py). Files that are read otherwise
+(--disable-mmap) are in each worker's memory.
 """
 
 from collections.abc import Callable, Iterable

@@ -69,6 +69,8 @@ def _share_converted(recipe: dict) -> float:
     for each in recipe["files"]:
         if each["path"].endswith(".gguf"):  # ComfyUI-GGUF maps it, and takes the weights as they are
             return 0.0
+        if each["path"].endswith(".json"):  # says how a folder's weights belong together, and has none
+            continue
         try:
             with safe_open(each["path"], "pt") as file:
                 slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 (it is no mapping)

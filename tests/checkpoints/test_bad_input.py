@@ -120,24 +120,21 @@ def class_that_nobody_knows(folder):
     change_json(folder / "config.json", lambda content: content.update(_class_name="AllegroTransformer3DModel"))
 
 
-def part_of_a_weight(folder):
+def take_out(folder, key):
     weights = json.loads(index(folder).read_text())["weight_map"]
-    key = "transformer_blocks.1.attn.to_k.weight"
     file = folder / weights[key]
     left = load_file(file)
     del left[key]
     save_file(left, file)
     change_json(index(folder), lambda content: content["weight_map"].pop(key))
+
+
+def part_of_a_weight(folder):
+    take_out(folder, "transformer_blocks.1.attn.to_k.weight")
 
 
 def without_a_weight(folder):
-    weights = json.loads(index(folder).read_text())["weight_map"]
-    key = "transformer_blocks.1.ff.net.2.weight"
-    file = folder / weights[key]
-    left = load_file(file)
-    del left[key]
-    save_file(left, file)
-    change_json(index(folder), lambda content: content["weight_map"].pop(key))
+    take_out(folder, "transformer_blocks.1.ff.net.2.weight")
 
 
 def pipeline_without_a_transformer(folder):

@@ -10,9 +10,10 @@ from skein import engine
 from skein.bench.errors import relative_error
 from skein.checkpoints.loading import load_diffusers
 from skein.demo.sampling import sample
-from skein.plan import ParallelConfig
+from skein.plan import ParallelConfig, Plan
 from skein.worker.weights import load_from_file
 from skein.workers import release
+from skein.workers.keeping import need_of
 from skein.workers.recipe import recipe_of
 
 MADE = {"qkv", "linear1"}  # the layers put together of several; and the last one's halves are exchanged
@@ -61,6 +62,13 @@ def test_what_is_written_to_a_weight_stays_out_of_the_files(folder):
     for weight in model.parameters():
         weight.add_(1)
     assert before == [file.read_bytes() for file in sorted(folder.iterdir())]
+
+
+@pytest.mark.parametrize("dtype, converted", [(torch.float32, 0), (torch.bfloat16, 1)])
+def test_workers_need_memory_for_what_is_converted_only(folder, dtype, converted):
+    model = load_diffusers(str(folder), {"dtype": dtype})
+    need = need_of(model, recipe_of(model), Plan(), on_cpu=False)
+    assert need.host == converted * need.device
 
 
 def test_workers_sample_what_one_process_samples(folder):
