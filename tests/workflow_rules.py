@@ -19,6 +19,8 @@ DIRECTORIES = {  # where each loader looks; what the server says has only the na
     "LoraLoaderModelOnly": "loras",
 }
 
+FOLDERS = {("SkeinLoadDiffusersTransformer", "model_name")}  # choices that name folders, which another machine may have
+
 
 def problems(workflow: dict, object_info: dict, bundled: tuple[str, ...] = ()) -> list[str]:
     """All that is wrong with a workflow, one sentence each; `bundled` names model files that need no download."""
@@ -123,7 +125,7 @@ def widget_problems(node: dict, definition: dict) -> Iterator[str]:
                 yield f"there is no value for {name}"
             continue
         value = values.pop(0)
-        if not allowed(value, type_name, options):
+        if (node["type"], name) not in FOLDERS and not allowed(value, type_name, options):
             yield f"{value!r} is not allowed for {name}"
         if options.get("control_after_generate") and (not values or values.pop(0) not in SEED_CONTROLS):
             yield f"the value after {name} should be one of {', '.join(SEED_CONTROLS)}"
@@ -146,8 +148,7 @@ def allowed(value: Any, type_name: str, options: dict) -> bool:
     if type_name == "COMFY_DYNAMICCOMBO_V3":
         # a choice that brings inputs of its own would need their values too
         return any(choice["key"] == value and not any(choice["inputs"].values()) for choice in options["options"])
-    names = options["options"]  # empty: of folders that are not on this machine
-    return value in names or is_file(value, options) or (not names and isinstance(value, str))
+    return value in options["options"] or is_file(value, options)
 
 
 def on_step(value: float, options: dict) -> bool:
