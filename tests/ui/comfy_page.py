@@ -16,6 +16,11 @@ FLAGS = [
 ]
 SLOW = 150_000  # milliseconds: for what a busy machine may take long for
 OPEN_PANEL = "() => app.extensionManager.command.execute('Workspace.ToggleBottomPanelTab.skein')"
+# of the panel's list of runs the newest, "" if it has none, and how it stands
+NEWEST = """() => [
+  document.querySelector(".skein-panel header select").options[1]?.value ?? "",
+  document.querySelector(".skein-panel header .skein-state").dataset.state,
+]"""
 POINTS = ".skein-picture:not([hidden]) :is(circle, path)"  # of the curve, while it is shown
 CACHE = "SkeinFirstBlockCache"
 WIDGET = "residual_diff_threshold"
@@ -97,6 +102,15 @@ class ComfyPage:
     def queue(self) -> None:
         self.page.evaluate("() => app.queuePrompt(0)")
 
+    def run(self) -> dict:
+        """Queue the workflow and wait until the open panel shows its run, ended. A run that is over before the page
+        has drawn it is seen too."""
+        before = [run["id"] for run in self.status()["runs"]]
+        self.queue()
+        ended = f"(before) => (([id, state]) => id && !before.includes(id) && state !== 'running')(({NEWEST})())"
+        self.page.wait_for_function(ended, arg=before)
+        return self.status()["runs"][-1]
+
     @property
     def points(self) -> int:
         """How many calls the curve shows."""
@@ -109,6 +123,20 @@ class ComfyPage:
         """Looks in each frame: a short run is shown as running for less than a second."""
         shown = "(state) => document.querySelector('header .skein-state')?.dataset.state === state"
         self.page.wait_for_function(shown, arg=state, timeout=SLOW)
+
+    def open_menu(self, *names: str) -> None:
+        """The menu behind ComfyUI's logo, down to its last name, which is clicked. A submenu that is not drawn yet when
+        the pointer comes does not open, and opens when it comes again."""
+        *ways, last = (self.page.get_by_role("menuitem", name=name) for name in names)
+        self.page.locator(".comfy-menu-button-wrapper").click()
+        for way, below in zip(ways, (*ways[1:], last), strict=True):
+            way.wait_for()
+            while not below.is_visible():
+                self.page.mouse.move(0, 0)
+                way.hover()
+                with suppress(TimeoutError):
+                    below.wait_for(timeout=3000)
+        last.click()
 
     def wait(self, condition: str) -> None:
         self.page.wait_for_function(condition)

@@ -201,7 +201,5 @@ def test_a_note_can_be_read(comfy):
 
 def test_the_panel_is_found_without_knowing_its_icon(comfy):
     """By its name, in the menu behind ComfyUI's logo."""
-    comfy.page.locator(".comfy-menu-button-wrapper").click()
-    comfy.page.get_by_role("menuitem", name="View").hover()
-    comfy.page.get_by_role("menuitem", name="Skein: show the panel").click()
+    comfy.open_menu("View", "Skein: show the panel")
     expect(comfy.panel).to_be_visible()

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from comfy_page import CACHE, POINTS, SLOW, WIDGET, ComfyPage, demo_workflow
+from comfy_page import CACHE, NEWEST, POINTS, SLOW, WIDGET, ComfyPage, demo_workflow
 from pack import ROOT
 from playwright.sync_api import expect
 
@@ -19,6 +19,12 @@ ESTIMATE_EACH = """async (pairs) => {
   const { estimate } = await import('/extensions/skein/estimate.js');
   return pairs.map(([run, threshold]) => estimate(run, threshold).reused);
 }"""
+# of each picture of the curve from now on: whose run it is, and how many calls it shows
+WATCH_POINTS = f"""() => {{
+  window.pictures = [];
+  new MutationObserver(() => pictures.push([({NEWEST})()[0], document.querySelectorAll('{POINTS}').length]))
+    .observe(document.querySelector('.skein-panel'), {{ subtree: true, childList: true, attributes: true }});
+}}"""
 SPEED_UP = "SkeinSpeedUp"
 FACTOR = re.compile(r"\d+\.\d\dx")
 
@@ -45,18 +51,13 @@ def test_before_the_first_run_the_panel_says_how_to_begin(browser, ui_server):
 
 def test_a_run_is_followed_and_its_threshold_tried(browser, ui_server):
     with ComfyPage(browser, ui_server) as comfy:
-        comfy.open_workflow(demo_workflow(seed=3))
+        comfy.open_workflow(demo_workflow(seed=3, steps=60))
         comfy.open_panel()
-        comfy.queue()
-        comfy.wait_for_state("running")
-        comfy.wait_for_points(3)
-        seen = [comfy.points]
-        assert len(FACTOR.findall(comfy.panel.inner_text())) == 1
-        comfy.wait_for_points(seen[0] + 3)
-        seen.append(comfy.points)
-        comfy.wait_for_state("finished")
-        run = comfy.status()["runs"][-1]
-        assert seen[0] < seen[1] < comfy.points == len(run["calls"]) == 12  # it grew call by call
+        comfy.page.evaluate(WATCH_POINTS)
+        run = comfy.run()
+        seen = [count for shown, count in comfy.page.evaluate("() => pictures") if shown == run["id"]]
+        assert seen == sorted(seen) and len(set(seen)) > 3  # it grew with the calls
+        assert seen[-1] == comfy.points == len(run["calls"]) == 60
         expect(comfy.panel.get_by_text(f"{run['speedup']:.2f}x", exact=True)).to_be_visible()
         assert FACTOR.findall(comfy.panel.inner_text()) == [f"{run['speedup']:.2f}x"]
         assert comfy.page.locator(".skein-drawing path").count() == run["reused"] > 0
@@ -86,7 +87,7 @@ def check_slider(comfy, run):
     top = max(call["change"] or 0 for call in run["calls"]) + 0.001
     comfy.move_slider(round(top + 0.001, 3))
     estimate = comfy.page.locator(".skein-estimate")
-    expect(estimate).to_contain_text(re.compile(r"\d+ - \d+ of 12 reused, \d\.\d\dx - \d\.\d\dx as fast"))
+    expect(estimate).to_contain_text(re.compile(r"\d+ - \d+ of 60 reused, \d\.\d\dx - \d\.\d\dx as fast"))
     assert comfy.page.locator(".skein-differs").count() > 0
     write_threshold(comfy, 0.1)
     comfy.screenshot("slider")
@@ -156,7 +157,7 @@ def test_the_estimate_holds_what_recorded_runs_did(browser, ui_server):
 
 def test_a_reload_in_the_middle_of_a_run(browser, ui_server):
     with ComfyPage(browser, ui_server) as comfy:
-        comfy.open_workflow(demo_workflow(seed=4, steps=24))
+        comfy.open_workflow(demo_workflow(seed=4, steps=100))
         comfy.queue()
         comfy.open_panel()
         comfy.wait_for_points(3)
@@ -167,7 +168,7 @@ def test_a_reload_in_the_middle_of_a_run(browser, ui_server):
         assert not comfy.status()["runs"][-1]["ended"]  # still the same run
         comfy.wait_for_state("finished")
         run = comfy.status()["runs"][-1]
-        assert run["id"] == before["id"] and comfy.points == len(run["calls"]) == 24
+        assert run["id"] == before["id"] and comfy.points == len(run["calls"]) == 100
         assert comfy.complaints() == []
 
 
@@ -203,11 +204,9 @@ def test_the_vue_renderer_and_both_themes(browser, ui_server, palette):
     cache is not run, and the last run is then another workflow's."""
     settings = {"Comfy.VueNodes.Enabled": True, "Comfy.ColorPalette": palette}
     with ComfyPage(browser, ui_server, settings, reduced_motion="reduce") as comfy:
-        comfy.open_workflow(demo_workflow(seed=60 + len(palette), steps=30))
+        comfy.open_workflow(demo_workflow(seed=60 + len(palette)))
         comfy.open_panel()
-        comfy.queue()
-        comfy.wait_for_state("running")  # else the run before is seen
-        comfy.wait_for_state("finished")
+        comfy.run()
         write_threshold(comfy, 0.123)
         assert comfy.widget() == 0.123
         node = comfy.page.locator("[data-node-id='2']")
@@ -284,11 +283,9 @@ def write_threshold(comfy, value):
 
 def test_a_threshold_that_comes_from_another_node_is_not_written(browser, ui_server):
     with ComfyPage(browser, ui_server) as comfy:
-        comfy.open_workflow(demo_workflow(seed=8, steps=30))
+        comfy.open_workflow(demo_workflow(seed=8))
         comfy.open_panel()
-        comfy.queue()
-        comfy.wait_for_state("running")  # else the run before is seen
-        comfy.wait_for_state("finished")
+        comfy.run()
         comfy.page.evaluate(LINK_THRESHOLD, [CACHE, WIDGET])
         before = comfy.widget()
         comfy.page.evaluate(REPEAT_WARNINGS)
@@ -302,12 +299,10 @@ def test_a_threshold_that_comes_from_another_node_is_not_written(browser, ui_ser
 def test_only_the_workflow_that_ran_is_written_into(browser, ui_server, prompt):
     """A second copy of a template has a node of the same number and kind; a program's prompt has no workflow."""
     with ComfyPage(browser, ui_server) as comfy:
-        comfy.open_workflow(demo_workflow(seed=10, steps=30))
+        comfy.open_workflow(demo_workflow(seed=10))
         ran = comfy.page.evaluate(SERIALIZED)
         comfy.open_panel()
-        comfy.queue()
-        comfy.wait_for_state("running")  # else the run before is seen
-        comfy.wait_for_state("finished")
+        comfy.run()
         comfy.open_workflow(demo_workflow(seed=10))
         write_threshold(comfy, 0.11)
         expect(comfy.panel.get_by_text("came from another workflow")).to_be_visible()
@@ -326,16 +321,14 @@ def test_only_the_workflow_that_ran_is_written_into(browser, ui_server, prompt):
 
 def test_no_threshold_is_offered_for_speed_up(browser, ui_server):
     """It chooses the threshold itself, and has no widget for one."""
-    workflow = demo_workflow(seed=11, steps=30)
+    workflow = demo_workflow(seed=11)
     node = next(node for node in workflow["nodes"] if node["type"] == CACHE)
     node.update(type=SPEED_UP, widgets_values=["balanced", "all"])
     node["inputs"] = [each for each in node["inputs"] if each["name"] == "model"]
     with ComfyPage(browser, ui_server) as comfy:
         comfy.open_workflow(workflow)
         comfy.open_panel()
-        comfy.queue()
-        comfy.wait_for_state("running")
-        comfy.wait_for_state("finished")
+        comfy.run()
         comfy.move_slider(0.14)
         write = comfy.panel.get_by_role("button", name="Write 0.14 into the node")
         expect(write).to_be_disabled()
