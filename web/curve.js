@@ -62,7 +62,7 @@ export class Curve {
   measure(width, height) {
     const calls = [...this.run.calls, ...(this.behind?.calls ?? [])];
     const changes = calls.map((call) => call.change).filter((change) => change > 0);
-    const levels = this.follows() ? [] : [this.level()];
+    const levels = this.follows() && changes.length ? [] : [this.level()];
     const low = Math.max(Math.min(...changes, ...levels.map((level) => level || FLOOR)) * 0.7, FLOOR);
     const high = Math.max(Math.max(...changes, ...levels) * 1.4, low * 4);
     const [left, right] = [MARGIN.left, width - MARGIN.right];

@@ -38,10 +38,10 @@ export function speedupOf(run, reused) {
   return Math.max((calls.length * computed) / ((calls.length - reused) * computed + reused * each), 1);
 }
 
-/** The threshold of a run's calls; where it changed from call to call (reuse_share), the middle one. */
+/** The threshold of a run's calls; where it changed from call to call (reuse_share), the middle one, as the slider has it. */
 export function thresholdOf(run) {
   const all = run.calls.map((call) => call.threshold);
-  return run.share ? all.sort((a, b) => a - b)[all.length >> 1] : all[0];
+  return run.share ? Number(all.sort((a, b) => a - b)[all.length >> 1].toFixed(3)) : all[0];
 }
 
 /** A run as it was: as estimate() gives a threshold tried on it. */
