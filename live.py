@@ -146,7 +146,7 @@ def _sums() -> dict:
         "techniques": _sampling.techniques,
         "seconds": round(time.time() - start, 2),
         "calls": _sampling.calls,
-        "cache": None if run is None else {"threshold": run.calls[0].threshold, **run.sums()},
+        "cache": None if run is None else {"threshold": run.calls[0].threshold, "share": run.share, **run.sums()},
         "sparse_attention": None if sparse is None else sparse.sums(),
     }
 

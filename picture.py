@@ -54,10 +54,10 @@ class _Drawing(Canvas):
     def __init__(self, run: Run, width: int, height: int):
         super().__init__(width, height)
         self.run = run
-        self.threshold = run.calls[0].threshold
         changes = [call.change for call in run.calls if call.change]
-        self.low = max(0.7 * min([*changes, self.threshold or FLOOR]), FLOOR)
-        self.high = max(1.4 * max([*changes, self.threshold]), 4 * self.low)
+        levels = [] if run.share else [run.calls[0].threshold]
+        self.low = max(0.7 * min([*changes, *(level or FLOOR for level in levels)], default=FLOOR), FLOOR)
+        self.high = max(1.4 * max([*changes, *levels], default=FLOOR), 4 * self.low)
         self._draw_axes()
         self._draw_threshold()
         self._draw_calls()
@@ -88,7 +88,10 @@ class _Drawing(Canvas):
             self.pen.text((self._x(index), floor + 3 * self.unit), str(index + 1), SOFT, self.font, anchor="mt")
 
     def _draw_threshold(self) -> None:
-        y, dash = self._y(self.threshold), 2.5 * self.unit
+        if self.run.share:  # one for each call
+            places = [(self._x(index), self._y(call.threshold)) for index, call in enumerate(self.run.calls)]
+            return self._line(*places, colour=THRESHOLD, thickness=0.6) if len(places) > 1 else None
+        y, dash = self._y(self.run.calls[0].threshold), 2.5 * self.unit
         at = self.left
         while at < self.right:
             self._line((at, y), (min(at + dash, self.right), y), colour=THRESHOLD, thickness=0.6)
@@ -118,7 +121,7 @@ class _Drawing(Canvas):
             self._draw_mark(x, y, reused)
             self.pen.text((x + 3.5 * self.unit, y), name, SOFT, self.font, anchor="lm")
             x += 9 * self.unit + self.pen.textlength(name, self.font)
-        text = f"threshold {self.threshold:g}"
+        text = "threshold" if self.run.share else f"threshold {self.run.calls[0].threshold:g}"
         self.pen.text((x, y), text, THRESHOLD, self.font, anchor="lm")
         x += 6 * self.unit + self.pen.textlength(text, self.font)
         self.pen.text((x, y), "relative change of each model call", SOFT, self.font, anchor="lm")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 
 PLAN_KEY = "skein"  # the attachment and wrapper key on a ModelPatcher
 MODEL_DEFAULT = -1.0  # as a threshold: the one of the model's architecture
+LARGEST_SHARE = 0.9  # of calls to reuse
 PREDICTORS = ("fit", "taylor")
 KERNELS = ("auto", "flash3", "flash4", "cudnn", "sage", "flash2", "stock")
 FP8_MODES = ("per_row", "per_tensor", "weight_only")
@@ -35,6 +36,8 @@ class CacheConfig:
     accumulate: compare the change summed since the last computed call, not the last change alone.
     sigmas: the two percents as sigmas, where the model's own sampling is not at hand; None: asked of the model.
     node_id: the node to show the result on; not part of the plan's identity.
+    reuse_share: the share of all calls that is reused, by a threshold that changes from call to call and begins near
+        `threshold` (cache/share.py); 0: the threshold decides.
     """
 
     threshold: float = MODEL_DEFAULT
@@ -47,12 +50,18 @@ class CacheConfig:
     accumulate: bool = False
     sigmas: tuple[float, float] | None = None
     node_id: str | None = field(default=None, compare=False)
+    reuse_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.threshold != MODEL_DEFAULT and not 0 <= self.threshold <= 1:
             raise ValueError(
                 f"The threshold must lie between 0 and 1, or be -1 for the model's default, not {self.threshold}; "
                 "0 switches the cache off."
+            )
+        if not 0 <= self.reuse_share <= LARGEST_SHARE:
+            raise ValueError(
+                f"reuse_share must lie between 0 and {LARGEST_SHARE}, not {self.reuse_share}; 0.5 reuses half of the "
+                "calls, 0 leaves it to the threshold."
             )
         _check_range(self.start_percent, self.end_percent)
         if self.warmup_calls < 0:

@@ -189,7 +189,9 @@ def words(plan: Plan) -> str:
     if "sparse" in plan.techniques:
         named.append(conflicts.NAMES["sparse"])
     if plan.cache is not None and "cache" in plan.techniques:
-        named.append(f"First-Block Cache at {plan.cache.threshold:g}")
+        share, threshold = plan.cache.reuse_share, plan.cache.threshold
+        cached = f"First-Block Cache at {share:.0%} reused" if share else f"First-Block Cache at {threshold:g}"
+        named.append(cached)
     if plan.parallel is not None:
         named.append(f"{world_of(plan)} devices")
     return ", ".join(named) or "nothing: the model runs as it does without Skein"

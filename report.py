@@ -49,7 +49,11 @@ def runs_of(latent: Tensor, plan: Plan) -> tuple[Run | None, SparseRun | None]:
 
 def _run_of_cache(values: list[float], cache: CacheConfig) -> Run:
     own = [run for run in recent_runs() if run.node_id == cache.node_id and run.calls]
-    return _nearest(values, own, "First-Block Cache", lambda run: run.calls[0].threshold == cache.threshold)
+
+    def fits(run: Run) -> bool:
+        return run.share == cache.reuse_share and (run.share > 0 or run.calls[0].threshold == cache.threshold)
+
+    return _nearest(values, own, "First-Block Cache", fits)
 
 
 def _run_of_sparse(values: list[float], sparse: SparseConfig) -> SparseRun:

@@ -39,6 +39,7 @@ class Run:
     steps: int | None = None  # sampling steps in all, where the sampler tells
     limit: int = -1  # max_consecutive_hits
     accumulate: bool = False
+    share: float = 0.0  # of the calls that was to be reused; 0: one threshold for all calls
     ended: bool = False
     error: str | None = None  # why it stopped early
     prompt_id: str | None = None  # ComfyUI's, of the prompt that it was part of
@@ -72,10 +73,12 @@ class Run:
         return max(len(self.calls) * computed / (self.computed * computed + self.reused * reused), 1.0)
 
     def summary(self) -> str:
-        return (
-            f"{len(self.calls)} model calls: {self.computed} computed, {self.reused} reused, "
-            f"about {self.speedup:.2f}x as fast"
-        )
+        computed, reused, times = self.computed, self.reused, f"{self.speedup:.2f}"
+        if self.share:
+            did = f"{computed} computed, {reused} reused ({self.share:.0%} asked for), about {times}x as fast"
+        else:
+            did = f"{computed} computed, {reused} reused, about {times}x as fast"
+        return f"{len(self.calls)} model calls: {did}"
 
     def sums(self) -> dict:
         """What the summary and the panel say of the calls; told with each of them."""

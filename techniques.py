@@ -221,7 +221,12 @@ def _caching(run: Sampling) -> Iterator[None]:
         yield
         return
     require_several_blocks(patcher, "the first-block cache")
-    record = Run(node_id=config.node_id, limit=config.max_consecutive_hits, accumulate=config.accumulate)
+    record = Run(
+        node_id=config.node_id,
+        limit=config.max_consecutive_hits,
+        accumulate=config.accumulate,
+        share=config.reuse_share,
+    )
     sigmas = sigmas_of(config, patcher)
     total = () if run.mesh is None or run.sharding is None else (run.mesh.total,)
     cache = FirstBlockCache(config, *sigmas, *total)

@@ -12,6 +12,7 @@ from ..report import add
 from ..runs import Call, Run, finite
 from ..stopwatch import Stopwatch
 from .first_block import Decision, FirstBlockCache, sample_tokens
+from .share import Steps
 from .streams import Streams
 
 
@@ -76,6 +77,7 @@ class CacheHook:
         if self._schedule is None:
             self._schedule = schedule.tolist()
             self.run.steps = len(self._schedule) - 1
+            self.cache.steps = Steps(self._schedule[:-1], self.cache.start_sigma, self.cache.end_sigma)
         return sum(each > sigma for each in self._schedule[:-1])
 
     def around_block(self, call: ModelCall, block: Block, values: Values, run: RunBlock) -> Values:
@@ -96,14 +98,14 @@ class CacheHook:
         if self.cache.ended(state.sigma):
             for stream in state.streams:
                 self.cache.forget(stream)
-            self._record(state, Decision(reuse=False, change=None, admitted=False))
+            self._record(state, Decision(False, None, self.cache.config.threshold, admitted=False))
             return run(values)
         # ComfyUI's blocks add in place: what comes after must not change what is kept from before.
         before = sample_tokens(call.image(state.first, values)).clone()
         out = run(values)
         image = call.image(state.first, out)
         state.signature = sample_tokens(image) - before
-        decision = self.cache.decide(state.streams, state.signature, state.sigma)
+        decision = self.cache.decide(state.streams, state.signature, state.sigma, state.step)
         self._record(state, decision)
         if decision.reuse:
             state.reused = self.cache.apply(state.streams, image)
@@ -130,7 +132,7 @@ class CacheHook:
         state.record = Call(
             state.sigma,
             finite(decision.change),
-            self.cache.config.threshold,
+            decision.threshold,
             decision.reuse,
             admitted=decision.admitted,
             parts=state.streams,

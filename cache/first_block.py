@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..plan import CacheConfig
 from .prediction import Total, combine, fitted_weights, taylor_weights
+from .share import ShareController, Steps
 
 SIGNATURE_TOKENS = 8192  # a signature holds about this many evenly spaced tokens, which is plenty to judge a mean
 WEIGHT_LIMIT = 8.0  # a prediction with a larger weight reaches too far from its points to be trusted
@@ -37,11 +38,13 @@ def sample_tokens(hidden: Tensor) -> Tensor:
 class Decision:
     """Whether a call may be reused, and the relative change that says so (None: nothing to compare with).
 
+    threshold: what the change was compared with.
     admitted: whether any change could have had it reused, by its sigma and the calls before it.
     """
 
     reuse: bool
     change: float | None
+    threshold: float
     admitted: bool
 
 
@@ -64,6 +67,7 @@ class _State:
     accumulated: float = 0.0  # change summed since the last computed call
     calls: int = 0
     hits: int = 0  # reused calls since the last computed one
+    share: ShareController | None = None
 
 
 class FirstBlockCache:
@@ -83,6 +87,7 @@ class FirstBlockCache:
     ):
         self.config = config
         self.total = total
+        self.steps: Steps | None = None  # of the run; without them the threshold stays where it begins
         self.start_sigma = start_sigma
         self.end_sigma = end_sigma
         self._states: dict[int, _State] = {}
@@ -99,26 +104,37 @@ class FirstBlockCache:
         """Whether sampling is past the part in which calls may be reused: nothing need be kept of a call."""
         return sigma < self.end_sigma
 
-    def decide(self, streams: Sequence[int], signature: Tensor, sigma: float) -> Decision:
-        """Whether the call with this signature (B, S', C) at `sigma` may reuse earlier residuals."""
+    def decide(self, streams: Sequence[int], signature: Tensor, sigma: float, step: int = 0) -> Decision:
+        """Whether the call with this signature (B, S', C) at `sigma`, in a sampling step, may reuse earlier
+        residuals."""
         states = [self._states.setdefault(stream, _State()) for stream in streams]
         changes = [self._observe(s, part, sigma) for s, part in zip(states, signature.chunk(len(states)))]
         known = [change for change in changes if change is not None]
         change = max(known) if len(known) == len(changes) else None
+        threshold = min(self._threshold(state, step) for state in states)
         limit = self.config.max_consecutive_hits
         admitted = sigma <= self.start_sigma and all(state.calls > self.config.warmup_calls for state in states)
         reuse = (
             change is not None
-            and change < self.config.threshold
+            and change < threshold
             and admitted
             and (limit < 0 or all(state.hits < limit for state in states))
         )
         for state in states:
             state.hits = state.hits + 1 if reuse else 0
+            if state.share is not None:
+                state.share.reused += reuse
             if not reuse:
                 state.accumulated = 0.0
                 self._make_room(state, sigma)
-        return Decision(reuse, change, admitted)
+        return Decision(reuse, change, threshold, admitted)
+
+    def _threshold(self, state: _State, step: int) -> float:
+        config = self.config
+        if not config.reuse_share or self.steps is None:
+            return config.threshold
+        state.share = state.share or ShareController(config.reuse_share, config.threshold, config.order + 1)
+        return state.share.next(step, self.steps)
 
     def apply(self, streams: Sequence[int], hidden: Tensor) -> Tensor:
         """The image tokens after the last block, (B, S, C), from those after the first, for a reused call."""

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from .. import engine
 from ..models import KNOWN_MODELS
-from ..plan import MODEL_DEFAULT, PREDICTORS, CacheConfig
+from ..plan import LARGEST_SHARE, MODEL_DEFAULT, PREDICTORS, CacheConfig
 from .inputs import part_of_sampling
 
 DEFAULTS = CacheConfig()
@@ -98,6 +98,20 @@ class FirstBlockCacheNode(io.ComfyNode):
                         "error."
                     ),
                     advanced=True,
+                ),
+                # Last, so that the values of saved workflows keep their places.
+                io.Float.Input(
+                    "reuse_share",
+                    default=DEFAULTS.reuse_share,
+                    optional=True,
+                    min=0.0,
+                    max=LARGEST_SHARE,
+                    step=0.05,
+                    round=0.01,
+                    tooltip=(
+                        "The share of model calls to reuse: 0.5 reuses half of them, on every model and with every "
+                        "number of steps. 0: residual_diff_threshold decides."
+                    ),
                 ),
             ],
             outputs=[io.Model.Output()],

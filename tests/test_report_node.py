@@ -46,6 +46,16 @@ def test_every_call_is_drawn_in_its_colour_and_place():
     assert image.size == (960, 480)
 
 
+def test_thresholds_of_a_share_are_a_line_of_their_own():
+    run = run_of([None, 0.01, 0.3, 0.02])
+    run.share = 0.5
+    for call, threshold in zip(run.calls, (0.05, 0.06, 0.2, 1.0), strict=True):
+        call.threshold = threshold
+    line = pixels(draw_run(run, 960, 480), THRESHOLD)
+    curve = line[(line[:, 0] > 96) & (line[:, 1] > 200)]
+    assert np.ptp(curve[:, 0]) > 100  # it climbs
+
+
 @pytest.mark.parametrize("size", [(256, 192), (4096, 192), (256, 4096)])
 @pytest.mark.parametrize("changes", [[None], [None, None], [None, 0.0, 0.5], [None, *[0.06] * 1000]], ids=len)
 def test_odd_runs_and_sizes_are_drawn(changes, size):

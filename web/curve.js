@@ -1,6 +1,7 @@
 // The cache's picture: the change of each model call over its number, the threshold as a line, what was reused.
 
 import { h, milliseconds, relative, svg, t } from "./dom.js";
+import { thresholdOf } from "./estimate.js";
 
 const MARGIN = { left: 44, right: 110, top: 26, bottom: 30 };
 const TICKS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1];
@@ -37,7 +38,8 @@ export class Curve {
     this.resized.disconnect();
   }
 
-  /** Draw a run with its calls coloured by `decisions` (true: reused) under a threshold, and another one behind it. */
+  /** Draw a run with its calls coloured by `decisions` (true: reused), and another one behind it. threshold: one that is
+   * tried on it; null: the run's own, which may have one for each call. */
   show(run, threshold, decisions, behind) {
     if (run.id !== this.run?.id) this.at = null;
     Object.assign(this, { run, threshold, decisions, behind });
@@ -60,8 +62,9 @@ export class Curve {
   measure(width, height) {
     const calls = [...this.run.calls, ...(this.behind?.calls ?? [])];
     const changes = calls.map((call) => call.change).filter((change) => change > 0);
-    const low = Math.max(Math.min(...changes, this.threshold || FLOOR) * 0.7, FLOOR);
-    const high = Math.max(Math.max(...changes, this.threshold) * 1.4, low * 4);
+    const levels = this.follows() && changes.length ? [] : [this.level()];
+    const low = Math.max(Math.min(...changes, ...levels.map((level) => level || FLOOR)) * 0.7, FLOOR);
+    const high = Math.max(Math.max(...changes, ...levels) * 1.4, low * 4);
     const [left, right] = [MARGIN.left, width - MARGIN.right];
     const [top, bottom] = [MARGIN.top, height - MARGIN.bottom];
     const count = Math.max(this.expectedCalls(), this.behind?.calls.length ?? 0, 2);
@@ -113,13 +116,25 @@ export class Curve {
     return [this.behind && line(this.behind, "skein-behind"), line(this.run, "skein-line")].filter(Boolean);
   }
 
+  /** Whether the threshold shown is one for each call. */
+  follows() {
+    return this.threshold === null && this.run.share > 0;
+  }
+
+  /** The one threshold for all calls. */
+  level() {
+    return this.threshold ?? thresholdOf(this.run);
+  }
+
   thresholdLine() {
-    const y = this.y(this.threshold);
-    const text = { class: "skein-label skein-threshold-label", x: this.right + 8, y: y + 4 }; // clear of all points
-    return [
-      svg("line", { class: "skein-threshold", x1: this.left, x2: this.right, y1: y, y2: y }),
-      svg("text", text, t("Threshold {value}", { value: this.threshold })),
-    ];
+    const { calls } = this.run;
+    const places = this.follows()
+      ? calls.map((call, index) => [this.x(index), this.y(call.threshold)])
+      : [this.left, this.right].map((x) => [x, this.y(this.level())]);
+    const end = places.at(-1)[1];
+    const text = { class: "skein-label skein-threshold-label", x: this.right + 8, y: end + 4 }; // clear of all points
+    const name = this.follows() ? t("Threshold") : t("Threshold {value}", { value: this.level() });
+    return [svg("polyline", { class: "skein-threshold", points: places.join(" ") }), svg("text", text, name)];
   }
 
   /** Reused calls are diamonds, computed ones are circles; those without a change are rings on the axis. */
@@ -177,6 +192,7 @@ export class Curve {
       t("change {value}", { value: relative(call.change) }),
       `${call.reused ? t("reused") : t("computed")}, ${milliseconds(call.ms)}`,
     ];
+    if (this.follows()) parts.push(t("threshold {value}", { value: relative(call.threshold) }));
     if (this.decisions[this.at] !== call.reused) {
       const now = this.decisions[this.at] ? t("reused") : t("computed");
       parts.push(t("with threshold {value}: {decision}", { value: this.threshold, decision: now }));

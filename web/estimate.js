@@ -38,10 +38,21 @@ export function speedupOf(run, reused) {
   return Math.max((calls.length * computed) / ((calls.length - reused) * computed + reused * each), 1);
 }
 
+/** The threshold of a run's calls; where it changed from call to call (reuse_share), the middle one, as the slider has it. */
+export function thresholdOf(run) {
+  const all = run.calls.map((call) => call.threshold);
+  return run.share ? Number(all.sort((a, b) => a - b)[all.length >> 1].toFixed(3)) : all[0];
+}
+
+/** A run as it was: as estimate() gives a threshold tried on it. */
+export function recorded(run) {
+  return { decisions: run.calls.map((call) => call.reused), reused: [run.reused], speedup: [run.speedup] };
+}
+
 /** A threshold tried on a run: `decisions` to draw, and from the least to the most `reused` and `speedup`. */
 export function estimate(run, threshold) {
   const middle = decide(run, threshold, (POWERS[0] + POWERS[1]) / 2);
-  if (threshold === run.calls[0].threshold) return { decisions: middle, reused: [run.reused], speedup: [run.speedup] };
+  if (threshold === thresholdOf(run) && !run.share) return { decisions: middle, reused: [run.reused], speedup: [run.speedup] };
   const count = (decisions) => decisions.filter(Boolean).length;
   const counts = POWERS.map((power) => count(decide(run, threshold, power)));
   const possible = run.calls.filter((call) => call.change !== null && call.admitted).length;

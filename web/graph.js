@@ -7,6 +7,7 @@ import { t } from "./dom.js";
 const CACHE_NODE = "SkeinFirstBlockCache";
 const SPEED_UP_NODE = "SkeinSpeedUp"; // chooses the threshold itself
 const THRESHOLD = "residual_diff_threshold";
+const SHARE = "reuse_share"; // above 0 it decides, not the threshold
 const OUTSIDE = -10; // the origin of links that come from outside of a subgraph
 
 const root = () => app.rootGraph ?? app.graph;
@@ -68,10 +69,15 @@ export function writeThreshold(run, threshold) {
   if (run.workflow_id === null) throw new Error(t("This run was sent by a program; there is no workflow to write into."));
   if (run.workflow_id !== root().id) throw new Error(t("This run came from another workflow; open that one first."));
   const isCache = findNode(run.node_id)?.comfyClass === CACHE_NODE;
-  const [node, widget] = isCache ? setBy(String(run.node_id).split(":"), THRESHOLD) : [];
+  const path = String(run.node_id).split(":");
+  const [node, widget] = isCache ? setBy(path, THRESHOLD) : [];
   if (!widget) throw new Error(t("The node of this run is not in the open workflow."));
-  widget.value = threshold;
-  widget.callback?.(threshold);
+  const [, share] = run.share ? setBy(path, SHARE) : [];
+  for (const [each, value] of [[widget, threshold], [share, 0]]) {
+    if (!each) continue;
+    each.value = value;
+    each.callback?.(value);
+  }
   app.canvas?.setDirty(true, true);
   return t("{value} is now in {node}; the next run uses it.", { value: threshold, node: node.title });
 }

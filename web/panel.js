@@ -5,7 +5,7 @@ import { card } from "./cards.js";
 import { RunChoice, nameOf } from "./choice.js";
 import { Curve } from "./curve.js";
 import { h, renew, t, times } from "./dom.js";
-import { estimate } from "./estimate.js";
+import { estimate, recorded, thresholdOf } from "./estimate.js";
 import { Progress } from "./progress.js";
 import { SparseSection } from "./sparse.js";
 import { say } from "./status.js";
@@ -227,11 +227,11 @@ export class Panel {
 
   drawRun(run) {
     if (this.tried !== run.id) this.threshold = null;
-    const own = run.calls[0].threshold;
+    const own = thresholdOf(run);
     const threshold = this.threshold ?? own;
-    const estimated = estimate(run, threshold);
+    const estimated = this.threshold === null ? recorded(run) : estimate(run, threshold);
     const behind = this.choice.behind(this.store.runs);
-    this.curve.show(run, threshold, estimated.decisions, behind);
+    this.curve.show(run, this.threshold, estimated.decisions, behind);
     this.behindKey.hidden = !behind;
     if (behind) this.behindKey.textContent = nameOf(behind);
     const figures = [
@@ -248,9 +248,11 @@ export class Panel {
     this.slider.max = String(Math.min(Math.ceil(largest * 105) / 100, 1));
     if (this.threshold === null) this.slider.value = String(own);
     const range = (ends, text) => [...new Set(ends.map(text))].join(" - ");
-    const values = { value: threshold, reused: range(reused, String), calls: run.calls.length };
+    const asked = this.threshold === null && run.share;
+    const value = asked ? t("{percent} % asked for", { percent: Math.round(100 * run.share) }) : threshold;
+    const values = { value, reused: range(reused, String), calls: run.calls.length };
     this.estimate.textContent =
-      threshold === own || speedup.includes(null) // of its own threshold the figures above tell
+      asked || threshold === own || speedup.includes(null) // of its own threshold the figures above tell
         ? t("{value}: {reused} of {calls} reused", values)
         : t("{value}: {reused} of {calls} reused, {times} as fast", { ...values, times: range(speedup, times) });
     this.slider.setAttribute("aria-valuetext", this.estimate.textContent);
@@ -267,7 +269,7 @@ export class Panel {
 
   write() {
     const { run } = this;
-    return this.actions.apply(run, this.threshold ?? run.calls[0].threshold);
+    return this.actions.apply(run, this.threshold ?? thresholdOf(run));
   }
 
   /** The run whose picture the server can draw. */

@@ -272,6 +272,9 @@ LINK_THRESHOLD = """([type, name]) => {
 }"""
 
 
+SHARE_WIDGET = "app.graph.getNodeById(id).widgets.find((widget) => widget.name === 'reuse_share')"
+SET_SHARE = f"([id, share]) => {{ {SHARE_WIDGET}.value = share; }}"
+SHARE_OF = f"(id) => {SHARE_WIDGET}.value"
 SERIALIZED = "() => app.graph.serialize()"
 REPEAT_WARNINGS = "() => { LiteGraph.alwaysRepeatWarnings = true; }"
 
@@ -317,6 +320,26 @@ def test_only_the_workflow_that_ran_is_written_into(browser, ui_server, prompt):
         write_threshold(comfy, 0.13)
         expect(comfy.panel.get_by_text("sent by a program")).to_be_visible()
         assert comfy.widget() == 0.12 and comfy.complaints() == []
+
+
+def test_a_share_is_followed_and_a_threshold_takes_its_place(browser, ui_server):
+    workflow = demo_workflow(seed=12)
+    node = next(node for node in workflow["nodes"] if node["type"] == CACHE)
+    with ComfyPage(browser, ui_server) as comfy:
+        comfy.open_workflow(workflow)
+        comfy.page.evaluate(SET_SHARE, [node["id"], 0.5])
+        comfy.open_panel()
+        run = comfy.run()
+        assert (run["share"], run["reused"], len(run["calls"])) == (0.5, 6, 12)
+        expect(comfy.page.locator(".skein-estimate")).to_have_text("50 % asked for: 6 of 12 reused")
+        line = comfy.page.locator("polyline.skein-threshold")
+        assert line.evaluate("(e) => e.points.length") == 12
+        comfy.screenshot("share")
+        write_threshold(comfy, 0.14)
+        expect(comfy.panel.get_by_text("the next run uses it")).to_be_visible()
+        assert comfy.widget() == 0.14 and comfy.page.evaluate(SHARE_OF, node["id"]) == 0
+        assert line.evaluate("(e) => e.points.length") == 2
+        assert comfy.complaints() == []
 
 
 def test_no_threshold_is_offered_for_speed_up(browser, ui_server):

@@ -100,16 +100,17 @@ def test_lora(group, models):
     assert torch.equal(results[0], results[3]) and relative_error(results[0], results[2]) > 1e-3
 
 
-def test_the_cache_decides_as_in_one_process(group, models):
+@pytest.mark.parametrize("settings", [dict(threshold=0.4), dict(reuse_share=0.5)], ids=["threshold", "share"])
+def test_the_cache_decides_as_in_one_process(group, models, settings):
     parallel, heads = group
     model, arguments = models(heads[0]), dict(steps=12, shape=(1, 16, 3, 12, 10))
-    plan = dict(cache=CacheConfig(threshold=0.4, start_percent=0.1))
+    plan = dict(cache=CacheConfig(start_percent=0.1, **settings))
     runs = []
     for build in (lambda: engine.edit(model, **plan), lambda: parallel(model, **plan)):
         runs.append((sample(build(), text(7), **arguments), recent_runs()[-1]))
     (one, alone), (many, shared) = runs
     assert shared is not alone and [call.reused for call in shared.calls] == [call.reused for call in alone.calls]
-    assert 0 < shared.reused < 12 and relative_error(many, one) < 1e-4
+    assert shared.share == alone.share and 0 < shared.reused < 12 and relative_error(many, one) < 1e-4
 
 
 def test_sparse_attention_chooses_as_in_one_process(group, models):
