@@ -36,8 +36,8 @@ class CacheConfig:
     accumulate: compare the change summed since the last computed call, not the last change alone.
     sigmas: the two percents as sigmas, where the model's own sampling is not at hand; None: asked of the model.
     node_id: the node to show the result on; not part of the plan's identity.
-    reuse_share: the share of all calls that is reused, by a threshold that changes from call to call and begins near
-        `threshold` (cache/share.py); 0: the threshold decides.
+    reuse_share: the share of all calls that is reused, by a threshold of its own that changes from call to call
+        (cache/share.py); 0: `threshold` decides.
     """
 
     threshold: float = MODEL_DEFAULT

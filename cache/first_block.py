@@ -133,7 +133,7 @@ class FirstBlockCache:
         config = self.config
         if not config.reuse_share or self.steps is None:
             return config.threshold
-        state.share = state.share or ShareController(config.reuse_share, config.threshold, config.order + 1)
+        state.share = state.share or ShareController(config.reuse_share, config.order + 1)
         return state.share.next(step, self.steps)
 
     def apply(self, streams: Sequence[int], hidden: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ SHARES = (0.2, 1 / 3, 0.5, 2 / 3, 0.8)
 SHAPE = (1, 16, 3, 12, 12)
 
 
-def follow(share, changes, steps, a_step=1, threshold=0.06):
+def follow(share, changes, steps, a_step=1):
     """Which calls with these changes are reused. a_step: calls in each step."""
-    controller = ShareController(share, threshold, points=3)
+    controller = ShareController(share, points=3)
     decisions = []
     for index, change in enumerate(changes):
         limit = controller.next(index // a_step, steps)
