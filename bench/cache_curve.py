@@ -50,10 +50,10 @@ EASYCACHE = (0.05, 0.1, 0.2)  # reuse thresholds; 0.2 is its default
 
 
 def measure(prepare: Callable, reused: Callable[[], int], model, references: list, steps: int) -> dict:
-    """Mean share of reused calls, mean and worst PSNR over the prompts."""
+    """Share of reused calls (mean, least, most) and PSNR over the prompts."""
     shares: list[float] = []
     quality = compare(prepare, model, references, steps, lambda: shares.append(reused() / steps))
-    return {"reused": sum(shares) / len(shares), **quality}
+    return {"reused": sum(shares) / len(shares), "least": min(shares), "most": max(shares), **quality}
 
 
 def easycache(threshold: float) -> tuple[Callable, Callable[[], int]]:

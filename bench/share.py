@@ -23,7 +23,8 @@ load_pack()
 
 import torch  # noqa: E402
 from skein import engine  # noqa: E402
-from skein.bench.previews import compare, sampled  # noqa: E402
+from skein.bench.cache_curve import measure  # noqa: E402
+from skein.bench.previews import sampled  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.bench.trained import EMBEDDED, load_trained_model  # noqa: E402
 from skein.demo.sampling import PROMPTS, sample  # noqa: E402
@@ -41,25 +42,24 @@ SAMPLERS, COUNTS, CFGS = ("euler", "heun", "dpmpp_2m"), (12, 20, 30, 50), (1.0, 
 SMALL = (1, 16, 3, 16, 16)
 
 
+def reused_calls() -> int:
+    return recent_runs()[-1].reused
+
+
 def quality(model, prompts: int) -> list[dict]:
     references = sampled(model, STEPS, prompts)
     rows = []
     for way, settings in ((way, each) for way, all_settings in WAYS.items() for each in all_settings):
-        reused: list[float] = []
 
         def prepare(patcher, settings=settings):
             return engine.edit(patcher, cache=CacheConfig(**settings))
 
-        def after_each(reused=reused):
-            reused.append(recent_runs()[-1].reused / STEPS)
-
-        found = compare(prepare, model, references, STEPS, after_each)
-        row = {"way": way, **settings, "reused": sum(reused) / len(reused), "least": min(reused), "most": max(reused)}
-        rows.append({**row, **found})
+        row = {"way": way, **settings, **measure(prepare, reused_calls, model, references, STEPS)}
+        rows.append(row)
         value = settings.get("reuse_share", settings.get("threshold"))
         print(
             f"{way:14s} {value:5.2f}  reused {100 * row['reused']:5.1f} % ({100 * row['least']:.0f} to "
-            f"{100 * row['most']:.0f})  mean {found['psnr_mean']:5.2f} dB  worst {found['psnr_worst']:5.2f} dB",
+            f"{100 * row['most']:.0f})  mean {row['psnr_mean']:5.2f} dB  worst {row['psnr_worst']:5.2f} dB",
             flush=True,
         )
     return rows

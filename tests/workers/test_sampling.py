@@ -110,7 +110,8 @@ def test_the_cache_decides_as_in_one_process(group, models, settings):
         runs.append((sample(build(), text(7), **arguments), recent_runs()[-1]))
     (one, alone), (many, shared) = runs
     assert shared is not alone and [call.reused for call in shared.calls] == [call.reused for call in alone.calls]
-    assert shared.share == alone.share and 0 < shared.reused < 12 and relative_error(many, one) < 1e-4
+    assert shared.reused == 6 or (not shared.share and 0 < shared.reused < 12)
+    assert shared.share == alone.share and relative_error(many, one) < 1e-4
 
 
 def test_sparse_attention_chooses_as_in_one_process(group, models):
