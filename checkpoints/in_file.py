@@ -6,6 +6,7 @@ each weight into its Parameter. Within Taking (taking.py) the Parameter takes wh
 has it go back there, uncopied, when ComfyUI takes the model or a part of it off the device. What is converted, and
 files that are read otherwise (--disable-mmap), are in the process's own memory. So is what ComfyUI pins, for the
 system gives a process its own copy of a page that is pinned for writing: of a model partly on the device, the rest.
+Layers of ComfyUI's that are quantized make new Parameters when they are moved: they come off the device as copies.
 """
 
 import weakref
