@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -80,14 +80,22 @@ def require_unchanged(patcher: "ModelPatcher", reader: str) -> None:
         raise ValueError(f"{what} since ComfyUI loaded it, and {reader} would have to read it. {LOAD_AGAIN}")
 
 
-def memory_of_files() -> list[tuple[range, str]]:
-    """The addresses at which this process has files in its memory, and their paths; none where the system does not
-    tell."""
+class Mapped(NamedTuple):
+    """A part of a file in this process's memory. offset: where in the file it begins."""
+
+    addresses: range
+    path: str
+    offset: int
+
+
+def memory_of_files() -> list[Mapped]:
+    """What this process has of files in its memory; nothing where the system does not tell."""
     found = []
     for line in MAPS.read_text().splitlines() if MAPS.exists() else []:
-        addresses, _access, _offset, _device, inode, *path = line.split(maxsplit=5)
+        addresses, _access, offset, _device, inode, *path = line.split(maxsplit=5)
         if inode != "0":
-            found.append((range(*(int(each, 16) for each in addresses.split("-"))), "".join(path)))
+            bounds = (int(each, 16) for each in addresses.split("-"))
+            found.append(Mapped(range(*bounds), "".join(path), int(offset, 16)))
     return found
 
 

@@ -5,13 +5,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.memory_management
 import comfy.model_management as memory
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from .files import require_unchanged
+from .attributes import changed
+from .checkpoints.in_file import keep_in_file
+from .checkpoints.taking import Taking
+from .files import Watched, files_of, require_unchanged
 
-PLAIN_KEY = "_skein_plain"  # what is Kept of a model under dynamic VRAM: the patcher over it without that
+PLAIN_KEY = "_skein_plain"  # what is Kept of a model under dynamic VRAM: its Plain
 TWIN_KEY = "_skein_fp8"  # what is Kept of a model that is quantized: its quantization.twin.Twin
 KEYS = (PLAIN_KEY, TWIN_KEY)
 
@@ -85,11 +89,30 @@ def is_loaded(model: nn.Module) -> bool:
     return any(entry.model.model is model for entry in loaded_entries())
 
 
+class Plain:
+    """A model without dynamic VRAM, which ComfyUI loads for it; its weights stay in the checkpoint's file.
+
+    root: the patcher over it, with nothing that other nodes have put on the source. Raises ValueError if the file is no
+    longer what the source was loaded from.
+    """
+
+    def __init__(self, source: ModelPatcher):
+        require_unchanged(source, "Skein")
+        self._files = [Watched(file["path"]) for file in files_of(source)]
+        self.root = without_dynamic_vram(source)
+        self.root.patches, self.root.parent, self.root.attachments = {}, None, {}
+
+    def is_overwritten(self) -> bool:
+        """Whether a file has been written to, in which the weights lie."""
+        return any(file.is_overwritten() for file in self._files)
+
+
 @contextmanager
 def plain(guider) -> Iterator[None]:
     """Within: the guider's model without dynamic VRAM, which moves and patches weights inside layers of its own only.
 
-    ComfyUI loads the model a second time for it, once for all runs. Raises ValueError if the loader left no recipe.
+    It is a second model, loaded once for all runs. Raises ValueError if the loader left no recipe, or the file has
+    changed.
     """
     source = guider.model_patcher
     if not source.is_dynamic():
@@ -97,16 +120,32 @@ def plain(guider) -> Iterator[None]:
         return
     require_recipe(source)
     kept = keep(source, PLAIN_KEY)
-    if kept.value is None:
-        require_unchanged(source, "Skein")
-        root = source.clone(disable_dynamic=True)
-        root.patches, root.parent, root.attachments = {}, None, {}
-        kept.value = root
-    guider.model_patcher = clone_over(source, kept.value)
+    if kept.value is None or kept.value.is_overwritten():
+        kept.value = None
+        kept.value = Plain(source)
+    guider.model_patcher = clone_over(source, kept.value.root)
     try:
         yield
     finally:
         guider.model_patcher = source
+
+
+def without_dynamic_vram(source: ModelPatcher) -> ModelPatcher:
+    """A clone over a second model, loaded as ComfyUI does without dynamic VRAM, its weights in the file's memory on the
+    CPU; of a model that has no dynamic VRAM, over the same."""
+    if not source.is_dynamic():
+        return source.clone()
+    load, arguments, *index = source.cached_patcher_init
+    # With dynamic VRAM switched on ComfyUI would read the file into pages that nothing may be written to, copy from
+    # there and convert nothing. Without, it would load a model straight onto the device where much memory is free
+    # there: what it takes off again would be in this process's own memory.
+    options = [(comfy.memory_management, "aimdo_enabled", False), (memory, "vram_state", memory.VRAMState.NO_VRAM)]
+    with changed(options), Taking():
+        loaded = load(*arguments, disable_dynamic=True)
+    loaded = loaded[index[0]] if index else loaded
+    unload(loaded)  # out of ComfyUI's books, where a text encoder now is
+    keep_in_file(loaded.model)
+    return source.clone(disable_dynamic=True, model_override=loaded.get_clone_model_override())
 
 
 def require_recipe(patcher: ModelPatcher) -> None:

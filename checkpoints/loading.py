@@ -20,6 +20,7 @@ from .folder import Checkpoint, find
 from .headers import keys_of
 from .keys import KeyMap, Made, make, plan
 from .maps import MAPS, SETTINGS
+from .pages import addresses, give_back
 from .taking import Taking, owned
 
 if TYPE_CHECKING:
@@ -133,11 +134,16 @@ def _read(found: Checkpoint) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _made(
     planned: dict[str, Made], weights: dict[str, Tensor], place: together.Place | None
 ) -> tuple[dict[str, Tensor], together.Shared | None]:
-    """ComfyUI's weights, and those of them that all processes share."""
+    """ComfyUI's weights, and those of them that all processes share. What is put together is in the files' memory no
+    more."""
     own = {name: weights[made.of[0]] for name, made in planned.items() if made.is_renamed}
     others = {name: made for name, made in planned.items() if not made.is_renamed}
+    read = {key for made in others.values() for key in made.of} - {planned[name].of[0] for name in own}
+    parts = [addresses(weights[key]) for key in read]
     shared = together.shared(others, weights, place)
-    return own | (shared.weights if shared else _made_here(others, weights)), shared
+    own |= shared.weights if shared else _made_here(others, weights)
+    give_back(parts)
+    return own, shared
 
 
 def _made_here(planned: dict[str, Made], weights: dict[str, Tensor]) -> dict[str, Tensor]:

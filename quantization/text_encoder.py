@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 
 from ..files import require_unchanged
-from ..patchers import require_recipe
+from ..patchers import require_recipe, without_dynamic_vram
 from ..report import show
 from .layers import SCALED, require_float8, require_torchao, text_layers
 from .run import describe
@@ -33,7 +33,7 @@ def quantize_text_encoder(clip: CLIP, node_id: str | None = None) -> CLIP:
     require_recipe(clip.patcher)
     if clip.patcher.is_dynamic():  # loaded again without
         require_unchanged(clip.patcher, "FP8 Text Encoder")
-    source = clip.patcher.clone(disable_dynamic=True)
+    source = without_dynamic_vram(clip.patcher)
     layers = text_layers(source.model)
     if not layers:
         logger.info("Skein %s", SCALED)

@@ -18,6 +18,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from .. import live
+from ..checkpoints.in_file import keep_in_file
 from ..models import share
 from ..patchers import clone_over, unload
 from .given import patched
@@ -42,6 +43,7 @@ class Twin:
         self.merged: dict[str, list] = {}  # layer -> the patches that its FP8 weights contain
         self.model = share(source.model)
         self.model.device = source.offload_device
+        keep_in_file(self.model)  # what is not quantized, where the source's weights lie there
         self._rest: list = []  # the patches of the last run that were left to ComfyUI
         self._rest_uuid = uuid.uuid4()
         self.resident = self._quantize(source)

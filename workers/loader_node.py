@@ -121,4 +121,4 @@ def _named_files(inputs: Any) -> list[str]:
 def _mapped_files(model: Any) -> list[str]:
     """The files that a model's weights lie in, where the system tells."""
     places = [weight.data_ptr() for weight in model.diffusion_model.parameters() if weight.device.type == "cpu"]
-    return sorted({path for addresses, path in memory_of_files() if any(each in addresses for each in places)})
+    return sorted({file.path for file in memory_of_files() if any(each in file.addresses for each in places)})

@@ -367,7 +367,7 @@ def test_the_model_without_dynamic_vram_goes_with_the_last_output_that_needs_it(
     model.__class__ = Dynamic
     on = engine.edit(model, **plan)
     first = sample(on, text(7), **SMALL)
-    second = weakref.ref(kept_of(model, PLAIN_KEY).value.model)
+    second = weakref.ref(kept_of(model, PLAIN_KEY).value.root.model)
     assert second() is not model.model
     os.remove(path)
     assert torch.equal(sample(on, text(7), **SMALL), first)  # not loaded again
@@ -376,6 +376,24 @@ def test_the_model_without_dynamic_vram_goes_with_the_last_output_that_needs_it(
     assert torch.equal(sample(model, text(7), **SMALL), stock)
     with pytest.raises(ValueError, match="is no longer there since ComfyUI loaded it"):
         sample(engine.edit(model, **plan), text(7), **SMALL)
+
+
+def test_a_file_that_is_written_to_under_the_second_model_is_refused(tmp_path, monkeypatch):
+    """Its weights lie there; a file that takes its place does not reach them."""
+    monkeypatch.setattr("skein.engine.TECHNIQUES", [each for each in TECHNIQUES if each.__name__ != "_compiling"])
+    model = random_model(tmp_path, 2)
+    model.__class__ = Dynamic
+    on, path = engine.edit(model, fp8=FP8Config()), model.cached_patcher_init[1][0]
+    first = sample(on, text(7), **SMALL)
+    kept = kept_of(model, PLAIN_KEY).value
+    os.link(path, tmp_path / "the same file")
+    (tmp_path / "another").write_bytes(b"")
+    os.replace(tmp_path / "another", path)
+    assert torch.equal(sample(on, text(7), **SMALL), first) and kept_of(model, PLAIN_KEY).value is kept
+    with open(tmp_path / "the same file", "ab") as file:
+        file.write(b" ")
+    with pytest.raises(ValueError, match="has changed on disk since ComfyUI loaded it"):
+        sample(on, text(7), **SMALL)
 
 
 def test_another_mode_takes_the_place_of_the_first(model):

@@ -12,10 +12,10 @@ from random_checkpoints import SMALL, random_model, text, with_lora
 from skein import engine
 from skein.attributes import changed
 from skein.bench.errors import relative_error
+from skein.checkpoints import in_file
 from skein.demo.sampling import sample
 from skein.models import share
 from skein.plan import FP8Config, ParallelConfig
-from skein.worker import weights
 from skein.worker.weights import load_from_file
 from skein.workers import group, release
 from skein.workers.recipe import recipe_of
@@ -119,9 +119,27 @@ def test_weights_that_leave_the_device_are_not_copied(model, part, monkeypatch):
     module = loaded.model.get_submodule(part)
     module._apply(torch.clone)
     assert len(outside(loaded, file_of(model))) >= len(list(module.parameters()))
-    monkeypatch.setattr(weights, "_comes_to_cpu", lambda *_: True)
+    monkeypatch.setattr(in_file, "_comes_to_cpu", lambda *_: True)
     module._apply(lambda tensor: tensor)
     assert same(loaded, model) and not outside(loaded, file_of(model))
+
+
+def test_weights_that_leave_the_device_outside_of_inference_mode_are_not_copied(model, monkeypatch):
+    """As when a button frees the memory."""
+    with torch.inference_mode():
+        loaded = load_from_file(recipe_of(model))
+        loaded.model._apply(torch.clone)
+    monkeypatch.setattr(in_file, "_comes_to_cpu", lambda *_: True)
+    with torch.inference_mode(False):
+        loaded.model._apply(lambda tensor: tensor)
+    assert same(loaded, model) and not outside(loaded, file_of(model))
+
+
+def test_a_model_in_the_file_goes_with_its_last_user(model):
+    loaded = load_from_file(recipe_of(model))
+    gone = weakref.ref(loaded.model)
+    del loaded
+    assert gone() is None
 
 
 @on_a_gpu
@@ -148,7 +166,7 @@ def test_patched_weights_are_not_lost_on_the_way(model, monkeypatch):
     patched = with_lora(loaded)
     patched.patch_model(torch.device("cpu"))
     before = {name: weight.clone() for name, weight in patched.model.named_parameters()}
-    monkeypatch.setattr(weights, "_comes_to_cpu", lambda *_: True)
+    monkeypatch.setattr(in_file, "_comes_to_cpu", lambda *_: True)
     patched.model._apply(torch.clone)
     assert not same(patched, model)
     assert all(torch.equal(weight, before[name]) for name, weight in patched.model.named_parameters())
