@@ -1,10 +1,10 @@
-"""Where the memory of a VAE decode goes: the bytes of all tensors alive, counted operator by operator without computing.
+"""Where the memory of a VAE decode goes: the bytes of all tensors alive, counted operator by operator, not computed.
 
     python3 -m bench.vae_memory [--width 1280 --height 720 --frames 129] [--family HunyuanVideo]
 
-The decoder has its true size and lies on PyTorch's meta device, so any size is counted in seconds on any machine, in the
-type that a GPU would take. Not counted: the weights, and what a kernel takes beside its inputs and outputs (cuDNN's
-workspace); the attention of the middle block is left out. Ends with one JSON line.
+The decoder has its true size and lies on PyTorch's meta device, so any size is counted in seconds on any machine. Not
+counted: the weights, and what a kernel takes beside its inputs and outputs (cuDNN's workspace); the attention of the
+middle block is left out. Ends with one JSON line.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from skein.attributes import changed  # noqa: E402
 from skein.bench.vae import FAMILIES  # noqa: E402
 from skein.vae.deferred import Deferred, step_of, whole_steps  # noqa: E402
 from skein.vae.layers import computing  # noqa: E402
-from skein.vae.slices import WHOLE, computing_in_slices  # noqa: E402
+from skein.vae.slices import WHOLE, Carried, computing_in_slices  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -90,6 +90,7 @@ def ways(decoder: nn.Module) -> dict[str, Callable[[], AbstractContextManager]]:
         "ComfyUI": nullcontext,
         "Skein, whole": lambda: computing(decoder, WHOLE, nothing, nothing),
         "Skein, in slices": lambda: computing_in_slices(decoder, nothing, nothing),
+        "Skein, carried frames on the host": lambda: computing_in_slices(decoder, nothing, nothing, Carried(0)),
     }
 
 
@@ -110,7 +111,8 @@ def main() -> None:
             peaks[name] = live.peak / GIB
             print(f"{name}: {live.peak / GIB:.2f} GiB")
             for what, size in live.at_peak.most_common(12):
-                print(f"    {size / GIB:6.2f}  {what}")
+                if size > GIB / 100:
+                    print(f"    {size / GIB:6.2f}  {what}")
     print(json.dumps({"sizes": vars(options), "peak_gib": peaks}))
 
 

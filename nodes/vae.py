@@ -37,7 +37,10 @@ class VAEDecodeNode(io.ComfyNode):
                     options=list(DECODE_MODES),
                     default=DEFAULTS.mode,
                     optional=True,
-                    tooltip="whole: the same pixels as VAE Decode. tiled: less memory. auto: whole if it fits.",
+                    tooltip=(
+                        "whole: the same pixels as VAE Decode, in slices if memory is short. tiled: less memory. "
+                        "auto: whole if it fits."
+                    ),
                 ),
                 devices_input(DEFAULTS.devices),
                 _size("tile_size", 64, 32, "Side of a tile, in pixels."),

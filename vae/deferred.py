@@ -1,16 +1,16 @@
 """Activations whose last steps wait until a convolution asks for some rows of them.
 
-Between two convolutions ComfyUI's decoders normalize, activate, enlarge, pad and join with the frames of the chunk before, and
-each of these makes a copy of the whole activation. A Deferred tensor only notes such a step. A convolution computes them
-for a few rows at a time (vae/slices.py), so none of these copies is ever whole. What is not known here is computed whole,
-as ever: ComfyUI's forwards need not know, and may change.
+Between two convolutions ComfyUI's decoders normalize, activate, enlarge, pad and join with the frames of the chunk
+before, and each of these copies the whole activation. A Deferred tensor only notes such a step. A convolution computes
+what is noted for a few rows at a time (slices.py), so none of these copies is ever whole. A step that is not known here
+is computed at once, as ever: ComfyUI's forwards need not know of this, and may change.
 
 B batch, C channels, T frames, H rows, W columns. A window is a span of frames and a span of rows, of all columns.
 """
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,11 +38,9 @@ class Step:
         """Write a window into `out`."""
         raise NotImplementedError
 
-    def kept(self, first: int) -> "Step":
-        """The frames from `first` on, computed so far that nothing else need be kept for them."""
-        frames, rows = (first, self.shape[2]), (0, self.shape[3])
-        like = next(whole_steps(self)).tensor
-        return Whole(_computed(self, frames, rows, like))
+    def kept(self, first: int, keep: "Keep") -> "Step":
+        """The frames from `first` on, computed so far that nothing but what `keep` is given need be kept for them."""
+        return keep(_computed(self, (first, self.shape[2]), (0, self.shape[3]), _like(self)))
 
 
 class Whole(Step):
@@ -55,8 +53,26 @@ class Whole(Step):
     def fill(self, out: Tensor, frames: Span, rows: Span) -> None:
         out.copy_(window(self, frames, rows, out))
 
-    def kept(self, first: int) -> Step:
-        return Whole(self.tensor[:, :, first:].clone())
+    def kept(self, first: int, keep: "Keep") -> Step:
+        return keep(self.tensor[:, :, first:].clone())
+
+
+class Away(Step):
+    """What waits in the host's memory until it is read. Copies are waited for: so as little as can be is pinned."""
+
+    def __init__(self, tensor: Tensor):
+        super().__init__(tensor.shape)
+        device = None if tensor.is_meta else "cpu"
+        self.host = torch.empty_like(tensor, device=device, pin_memory=tensor.is_cuda).copy_(tensor)
+        self.here: Tensor | None = None
+
+    def fill(self, out: Tensor, frames: Span, rows: Span) -> None:
+        if self.here is None:  # stays as long as this step, which one convolution has for itself
+            self.here = torch.empty_like(self.host, device=out.device).copy_(self.host)
+        out.copy_(self.here[:, :, frames[0] : frames[1], rows[0] : rows[1]])
+
+
+Keep = Callable[[Tensor], Step]
 
 
 class Local(Step):
@@ -88,11 +104,11 @@ class Cut(Step):
     def fill(self, out: Tensor, frames: Span, rows: Span) -> None:
         self.sources[0].fill(out, (frames[0] + self.first, frames[1] + self.first), rows)
 
-    def kept(self, first: int) -> Step:
+    def kept(self, first: int, keep: Keep) -> Step:
         (source,) = self.sources
         if self.first + self.shape[2] == source.shape[2]:
-            return source.kept(self.first + first)
-        return super().kept(first)
+            return source.kept(self.first + first, keep)
+        return super().kept(first, keep)
 
 
 class Joined(Step):
@@ -110,10 +126,10 @@ class Joined(Step):
                 source.fill(out.narrow(2, first - frames[0], end - first), (first - start, end - start), rows)
             start += source.shape[2]
 
-    def kept(self, first: int) -> Step:
+    def kept(self, first: int, keep: Keep) -> Step:
         last = self.sources[-1]
         before = self.shape[2] - last.shape[2]
-        return last.kept(first - before) if first >= before else super().kept(first)
+        return last.kept(first - before, keep) if first >= before else super().kept(first, keep)
 
 
 class Enlarged(Step):
@@ -124,20 +140,19 @@ class Enlarged(Step):
         self.factors = factors
 
     def fill(self, out: Tensor, frames: Span, rows: Span) -> None:
-        spans = [
-            (first // times, -(-end // times)) for (first, end), times in zip((frames, rows), self.factors)
-        ]
-        small = window(self.sources[0], *spans, out)
+        t, h, _ = self.factors
+        small_frames, small_rows = (
+            (first // times, -(-end // times)) for (first, end), times in ((frames, t), (rows, h))
+        )
+        small = window(self.sources[0], small_frames, small_rows, out)
         large = functional.interpolate(small, scale_factor=[float(times) for times in self.factors], mode="nearest")
-        out.copy_(window(Whole(large), *(
-            (first - span[0] * times, end - span[0] * times)
-            for (first, end), span, times in zip((frames, rows), spans, self.factors)
-        ), out))  # fmt: skip
+        first, top = frames[0] % t, rows[0] % h
+        out.copy_(large[:, :, first : first + out.shape[2], top : top + out.shape[3]])
 
-    def kept(self, first: int) -> Step:
+    def kept(self, first: int, keep: Keep) -> Step:
         times = self.factors[0]
         before = first // times
-        source = Enlarged(self.sources[0].kept(before), self.factors)
+        source = Enlarged(self.sources[0].kept(before, keep), self.factors)
         return source if first == before * times else Cut(source, first - before * times, source.shape[2])
 
 
@@ -153,16 +168,19 @@ class Padded(Step):
     def fill(self, out: Tensor, frames: Span, rows: Span) -> None:
         (source,) = self.sources
         left, _, top, _, front, _ = self.padding
-        spans, places = [], []
-        for (first, end), more, size in zip((frames, rows), (front, top), source.shape[2:4]):
-            span = max(first - more, 0), min(end - more, size)
-            spans.append(span)
-            places.append((-3 + len(places), span[0] + more - first, span[1] - span[0]))
-        places.append((-1, left, source.shape[-1]))
+        inner_frames, inner_rows = (
+            (max(first - more, 0), min(end - more, size))
+            for (first, end), more, size in zip((frames, rows), (front, top), source.shape[2:4])
+        )
+        places = [
+            (2, inner_frames[0] + front - frames[0], inner_frames[1] - inner_frames[0]),
+            (3, inner_rows[0] + top - rows[0], inner_rows[1] - inner_rows[0]),
+            (4, left, source.shape[4]),
+        ]
         parts = [out]
         for place in places:
             parts.append(parts[-1].narrow(*place))
-        source.fill(parts.pop(), *spans)
+        source.fill(parts.pop(), inner_frames, inner_rows)
         for place in reversed(places):
             self._edges(parts.pop(), *place)
 
@@ -174,18 +192,15 @@ class Padded(Step):
             elif count:
                 x.narrow(dim, first, count).copy_(x.narrow(dim, edge, 1))
 
-    def kept(self, first: int) -> Step:
+    def kept(self, first: int, keep: Keep) -> Step:
         *sides, front, back = self.padding
         if first < front or back:
-            return super().kept(first)
-        return Padded(self.sources[0].kept(first - front), [*sides, 0, 0], self.zeros)
+            return super().kept(first, keep)
+        return Padded(self.sources[0].kept(first - front, keep), [*sides, 0, 0], self.zeros)
 
 
 class Gone(Step):
-    """What has been taken away, and nobody needs."""
-
-    def fill(self, out: Tensor, frames: Span, rows: Span) -> None:
-        raise AssertionError("decoded frames are used once more")
+    """What has been taken away. It has no values."""
 
 
 def whole_steps(step: Step) -> Iterator[Whole]:
@@ -193,6 +208,13 @@ def whole_steps(step: Step) -> Iterator[Whole]:
         yield step
     for source in step.sources:
         yield from whole_steps(source)
+
+
+def _like(step: Step) -> Tensor:
+    """A tensor of the type and on the device of what a step gives."""
+    found = next(whole_steps(step), None)
+    assert found is not None, "frames that were taken away are used once more"
+    return found.tensor
 
 
 def window(step: Step, frames: Span, rows: Span, like: Tensor) -> Tensor:
@@ -210,18 +232,23 @@ def _computed(step: Step, frames: Span, rows: Span, like: Tensor) -> Tensor:
 
 
 class Deferred(torch.Tensor):
-    """A tensor (B, C, T, H, W) as ComfyUI sees it: the steps in the place of its values."""
+    """A tensor (B, C, T, H, W) as ComfyUI sees it, with steps in the place of its values.
+
+    keep: what keeps the frames that ComfyUI clones to carry them to the next chunk; that of `like`, if not given.
+    """
 
     step: Step | None
+    keep: Keep
 
     @staticmethod
-    def __new__(cls, step: Step, like: Tensor) -> "Deferred":
+    def __new__(cls, step: Step, like: Tensor, keep: Keep | None = None) -> "Deferred":
         made = torch.Tensor._make_wrapper_subclass(cls, step.shape, dtype=like.dtype, device=like.device)
         made.step = step
+        made.keep = keep or (like.keep if isinstance(like, Deferred) else Whole)
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func in NOTED:
             result = NOTED[func](*args, **kwargs)
@@ -230,7 +257,7 @@ class Deferred(torch.Tensor):
         args, kwargs = tree_map_only(Deferred, plain, (args, kwargs))
         return func(*args, **kwargs)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 def step_of(x: Tensor) -> Step:
@@ -256,17 +283,18 @@ def used_up(x: Tensor, apply: Callable[[Tensor], Tensor] | None = None, channels
     if isinstance(x, Deferred):
         x.step = None
     inputs = [(weakref.ref(each), each.tensor) for each in whole_steps(step) if each.ours]
-    like = next(whole_steps(step)).tensor
+    like = _like(step)
     step = _twin(step)  # the steps before it are gone now, unless they are somebody's
     free = [tensor for seen, tensor in inputs if seen() is None]
     del inputs
     b, before, frames, height, width = step.shape
     height -= 2 * reach
     count = rows_of(b * (before + (channels or before)) * frames * width * like.element_size(), height)
-    out, ready = None, None
+    out: Tensor | None = None
+    ready: Tensor | None = None
     for first in range(0, height, count):
         part = window(step, (0, frames), (first, min(first + count, height) + 2 * reach), like)
-        if ready is not None:  # the rows that it overwrites have been read by now
+        if out is not None and ready is not None:  # the rows that it overwrites have been read by now
             out[:, :, :, first - count : first].copy_(ready)
             ready = None
         if apply is not None:
@@ -277,7 +305,8 @@ def used_up(x: Tensor, apply: Callable[[Tensor], Tensor] | None = None, channels
             shape = (*part.shape[:3], height, part.shape[4])
             out = next((tensor for tensor in free if tensor.shape == shape), None)
             out, free = like.new_empty(shape) if out is None else out, []
-        ready, part = part, None
+        ready = part
+        del part
     assert out is not None and ready is not None
     out[:, :, :, height - ready.shape[3] :].copy_(ready)
     return out
@@ -299,7 +328,7 @@ def _pad(x: Any, padding: list[int], mode: str = "replicate", value: float | Non
 def _cat(tensors: list[Any], dim: int = 0) -> Tensor | None:
     if dim != 2 or any(each.ndim != 5 for each in tensors):
         return None
-    return Deferred(Joined(*map(step_of, tensors)), tensors[0])
+    return Deferred(Joined(*map(step_of, tensors)), next(each for each in tensors if isinstance(each, Deferred)))
 
 
 def _slice(x: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tensor | None:
@@ -310,7 +339,7 @@ def _slice(x: Any, dim: int = 0, start: int | None = None, end: int | None = Non
 
 
 def _clone(x: Any, memory_format: Any = None) -> Tensor | None:
-    return Deferred(step_of(x).kept(0), x)
+    return Deferred(step_of(x).kept(0, x.keep), x)
 
 
 def _enlarge(x: Any, size: Any, factors: Any) -> Tensor | None:
@@ -319,7 +348,7 @@ def _enlarge(x: Any, size: Any, factors: Any) -> Tensor | None:
     return Deferred(Enlarged(step_of(x), tuple(map(int, factors))), x)
 
 
-def _silu(x: Any) -> Tensor:
+def _silu(x: Any) -> Any:
     return Deferred(Local(lambda out, x: aten.silu.out(x, out=out), x.shape[1], step_of(x)), x)
 
 
@@ -334,7 +363,8 @@ def _silu_in_place(x: Any) -> Tensor:
 def _add(x: Any, y: Any, alpha: float = 1) -> Tensor | None:
     if alpha != 1 or not isinstance(y, Tensor) or x.shape != y.shape or x.dtype != y.dtype:
         return None
-    return Deferred(Local(lambda out, x, y: torch.add(x, y, out=out), x.shape[1], step_of(x), step_of(y)), x)
+    step = Local(lambda out, x, y: torch.add(x, y, out=out), x.shape[1], step_of(x), step_of(y))
+    return Deferred(step, x if isinstance(x, Deferred) else y)
 
 
 def _dropout(x: Any, p: float, train: bool) -> Tensor | None:
