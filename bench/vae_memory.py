@@ -46,6 +46,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.peak, self.at_peak = 0, Counter[str]()
         self._alive: dict[int, tuple[StorageWeakRef, int, str]] = {}
+        self._noted = 0  # bytes, with those that are no longer alive since this was last looked at
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -55,17 +56,20 @@ class LiveBytes(TorchDispatchMode):
                     self._note(step.tensor, "kept")
             elif isinstance(tensor, Tensor):
                 self._note(tensor, str(func))
-        self._alive = {key: each for key, each in self._alive.items() if not each[0].expired()}
-        now = sum(size for _, size, _ in self._alive.values())
-        if now > self.peak:
-            self.peak, self.at_peak = now, Counter()
+        if self._noted > self.peak:
+            self._alive = {key: each for key, each in self._alive.items() if not each[0].expired()}
+            self._noted = sum(size for _, size, _ in self._alive.values())
+        if self._noted > self.peak:
+            self.peak, self.at_peak = self._noted, Counter()
             for _, size, name in self._alive.values():
                 self.at_peak[name] += size
         return out
 
     def _note(self, tensor: Tensor, operator: str) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._alive or self._alive[storage._cdata][0].expired():
+        known = self._alive.get(storage._cdata)
+        if known is None or known[0].expired():
+            self._noted += storage.nbytes() - (known[1] if known else 0)
             name = f"{tuple(tensor.shape)} {operator} {tensor.dtype}"
             self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes(), name
 

@@ -318,7 +318,7 @@ def _twin(step: Step) -> Step:
     return twin
 
 
-def _pad(x: Any, padding: list[int], mode: str = "replicate", value: float | None = None) -> Tensor | None:
+def _pad(x: Any, padding: list[int], mode: str = "constant", value: float | None = None) -> Tensor | None:
     edges = mode == "replicate" or (mode == "constant" and not value)
     if not edges or min(padding) < 0 or len(padding) > 6:
         return None
@@ -374,7 +374,7 @@ def _dropout(x: Any, p: float, train: bool) -> Tensor | None:
 # What is noted, by PyTorch's operator; a function that gives None leaves it to be computed.
 NOTED: dict[Any, Callable[..., Tensor | None]] = {
     aten.pad.default: _pad,
-    aten.replication_pad3d.default: _pad,
+    aten.replication_pad3d.default: lambda x, padding: _pad(x, padding, "replicate"),
     aten.cat.default: _cat,
     aten.slice.Tensor: _slice,
     aten.clone.default: _clone,
