@@ -123,7 +123,7 @@ def measure(vae: comfy.sd.VAE, latent: Tensor, options: argparse.Namespace) -> l
     assert family is not None
     if family.sliced_share is not None:
         least, carried = sliced_bytes(vae, family, latent.shape)
-        for kept in (carried, carried // 2, 0):  # bytes of carried frames that stay on the device
+        for kept in (carried, 0):  # bytes of carried frames that stay on the device
             comfy.model_management.soft_empty_cache(force=True)
             name = f"Skein, 1, in slices, {kept / 2**30:.1f} GiB of carried frames on the device"
             row = timed(name, lambda kept=kept: in_slices(vae, latent, kept), stock)[1]

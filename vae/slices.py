@@ -1,9 +1,9 @@
 """ComfyUI's decoder computing all of the frame, its layers a few rows at a time: the same pixels in less memory.
 
 As in layers.py, instances of ComfyUI's layers are changed for the duration of a decode. Norms and convolutions of one
-place only are noted (deferred.py), other convolutions compute what has been noted for a few rows at a time. A whole
-decode of a chunk of frames has in memory what goes into a block, what its convolution has made so far, and the frames
-that all convolutions carry to the next chunk; in place where nobody else has the input.
+place only are noted (deferred.py), other convolutions compute what has been noted for a few rows at a time, over their
+input where nobody else has it. What stays in memory is what goes into a block, what its convolution makes of it, and
+the frames that all convolutions carry to the next chunk.
 """
 
 import weakref
