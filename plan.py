@@ -265,7 +265,7 @@ class DecodeConfig:
     """Settings of VAE decoding (see vae/): no part of a plan, a node carries them out at once. Raises ValueError.
 
     mode: "whole" cuts the frame into strips, one a device, and computes what one device would; "tiled" deals out the
-        tiles of ComfyUI's tiled decoding; "auto" is whole where it fits.
+        tiles of ComfyUI's tiled decoding; "auto" is whole where it fits. Whole may be in slices (vae/slices.py).
     devices: as in ParallelConfig.
     tile_size, overlap: pixels. temporal_size, temporal_overlap: frames. As ComfyUI's VAE Decode (Tiled) has them.
     node_id: the node to show the result on.

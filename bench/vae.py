@@ -1,4 +1,4 @@
-"""Decoding a video latent: ComfyUI's own VAE Decode, Skein on one device, and in the worker group.
+"""Decoding a video latent: ComfyUI's own VAE Decode, Skein on one device (whole, in slices), and in the worker group.
 
     python3 -m bench.vae [--width 1280 --height 720 --frames 129] [--family HunyuanVideo] [--worlds 1 2 4 8]
     python3 -m bench.vae --cpu --small
@@ -31,10 +31,12 @@ from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine  # no
 from comfy.ldm.wan.vae import WanVAE  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.plan import DecodeConfig  # noqa: E402
+from skein.vae import shared  # noqa: E402
 from skein.vae.decode import decode  # noqa: E402
 from skein.vae.families import family_of  # noqa: E402
-from skein.vae.memory import whole_bytes  # noqa: E402
+from skein.vae.memory import sliced_bytes, whole_bytes  # noqa: E402
 from skein.vae.tiles import tiling_of  # noqa: E402
+from skein.vae.whole import frames_in_slices  # noqa: E402
 from skein.workers import release  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -96,26 +98,38 @@ def timed(name: str, run: Callable[[], Tensor], expected: Tensor | None) -> tupl
     return out, row
 
 
+def in_slices(vae: comfy.sd.VAE, latent: Tensor, carried: int) -> Tensor:
+    comfy.model_management.load_models_gpu([vae.patcher])
+    return frames_in_slices(vae, latent, lambda: None, lambda count: None, carried)
+
+
 def measure(vae: comfy.sd.VAE, latent: Tensor, options: argparse.Namespace) -> list[dict]:
     sizes = dict(tile_size=64, overlap=16, temporal_size=8, temporal_overlap=4) if options.small else {}
     tiled = DecodeConfig("tiled", **sizes)
     tiling = tiling_of(vae, tiled)
-    (frames, tile, _), (shared, overlap, _) = tiling.tile, tiling.overlap
+    (frames, tile, _), (overlap_t, overlap, _) = tiling.tile, tiling.overlap
     own = "cpu" if options.cpu else str(vae.device.index or 0)
     stock, row = timed("ComfyUI, whole", lambda: vae.decode(latent), None)
     in_tiles, tiled_row = timed(
         "ComfyUI, tiled",
-        lambda: vae.decode_tiled(latent, tile_x=tile, tile_y=tile, overlap=overlap, tile_t=frames, overlap_t=shared),
+        lambda: vae.decode_tiled(latent, tile_x=tile, tile_y=tile, overlap=overlap, tile_t=frames, overlap_t=overlap_t),
         stock,
     )
     rows = [row, tiled_row]
     for mode, expected in (("whole", stock), ("tiled", in_tiles)):
         config = DecodeConfig(mode, own, **sizes)
         rows.append(timed(f"Skein, 1, {mode}", lambda config=config: decode(vae, latent, config), expected)[1])
-    comfy.model_management.unload_all_models()
-    comfy.model_management.soft_empty_cache(force=True)
     family = family_of(vae)
     assert family is not None
+    if family.sliced_share is not None:
+        least, carried = sliced_bytes(vae, family, latent.shape)
+        for kept in (carried, 0):  # bytes of carried frames that stay on the device
+            comfy.model_management.soft_empty_cache(force=True)
+            name = f"Skein, 1, in slices, {kept / 2**30:.1f} GiB of carried frames on the device"
+            row = timed(name, lambda kept=kept: in_slices(vae, latent, kept), stock)[1]
+            rows.append(row | {"estimate_gib": (least + kept) / 2**30})
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache(force=True)
     for world in options.worlds:
         devices = tuple(["cpu"] * world if options.cpu else map(str, range(world)))
         need = whole_bytes(vae, family, latent.shape, world)

@@ -25,7 +25,8 @@ class VAEDecodeNode(io.ComfyNode):
             search_aliases=["decode", "decode latent", "multi GPU", "tiled VAE", "latent to image"],
             description=(
                 "Decodes a latent on all GPUs at once: each decodes a strip of the frame, to the same pixels as one "
-                "GPU. On one GPU it is VAE Decode with a progress bar and an interrupt, and faster for HunyuanVideo."
+                "GPU. On one GPU it is VAE Decode with a progress bar and an interrupt, faster for HunyuanVideo, "
+                "and in less memory where that is short."
             ),
             inputs=[
                 io.Latent.Input("samples", tooltip="The latent to decode.", lazy=True),  # see check_lazy_status
@@ -37,7 +38,10 @@ class VAEDecodeNode(io.ComfyNode):
                     options=list(DECODE_MODES),
                     default=DEFAULTS.mode,
                     optional=True,
-                    tooltip="whole: the same pixels as VAE Decode. tiled: less memory. auto: whole if it fits.",
+                    tooltip=(
+                        "whole: the same pixels as VAE Decode, in slices if memory is short. tiled: less memory. "
+                        "auto: whole if it fits."
+                    ),
                 ),
                 devices_input(DEFAULTS.devices),
                 _size("tile_size", 64, 32, "Side of a tile, in pixels."),

@@ -3,6 +3,7 @@
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -21,10 +22,10 @@ from ..workers.room import shares
 from ..workers.wanted import name_of, visible_devices, worker_setting
 from . import shared
 from .families import Family, family_of
-from .memory import room, whole_bytes
+from .memory import room, sliced_bytes, whole_bytes
 from .strip import Strip
 from .tiles import Tiling, tiles_of, tiling_of
-from .whole import frames_of, quick
+from .whole import frames_in_slices, frames_of, quick
 
 logger = logging.getLogger("skein")
 
@@ -116,7 +117,8 @@ def _fit(vae: Any, devices: tuple[str, ...]) -> bool:
 
 
 class _Decode(ABC):
-    """How to decode: whole where it is asked for, or where it may fit; else, or if it did not, in tiles.
+    """How to decode: whole where it is asked for, or where it may fit, in slices if that takes too much; else, or if
+    memory ran out, in tiles.
 
     where: the devices, as the user names them. world: how many share a whole decode.
     """
@@ -127,30 +129,27 @@ class _Decode(ABC):
 
     def decode(self) -> tuple[Tensor, str]:
         """The frames, and how they were decoded."""
-        if self.config.mode == "tiled" or not self.fits():
-            return self.tiled(), "in tiles"
-        try:
-            return self.whole(), "whole"
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            logger.warning("Skein VAE: there is not enough memory on %s to decode whole; in tiles now.", self.where)
-        memory.soft_empty_cache()
-        return self.tiled(), "in tiles, because memory ran out when whole,"
+        ran_out = ""
+        for how, run in self.ways():
+            try:
+                return run(), how + ran_out
+            except Exception as error:
+                if run == self.tiled or not is_out_of_memory(error):
+                    raise
+                logger.warning("Skein VAE: there is not enough memory on %s to decode %s.", self.where, how)
+            memory.soft_empty_cache()
+            ran_out = ", because memory ran out when whole,"
+        raise AssertionError
+
+    @abstractmethod
+    def ways(self) -> list[tuple[str, Callable[[], Tensor]]]:
+        """How it may be decoded, in words, and what does it: one after the other, as memory runs out."""
 
     @property
     def work(self) -> int:
         """Bytes that a whole decode takes on each device, beside the VAE's weights."""
         assert self.family is not None
         return whole_bytes(self.vae, self.family, self.latent.shape, self.world)
-
-    @abstractmethod
-    def fits(self) -> bool:
-        """Whether to try it whole."""
-
-    @abstractmethod
-    def whole(self) -> Tensor:
-        """All frames at once."""
 
     @abstractmethod
     def tiled(self) -> Tensor:
@@ -163,29 +162,57 @@ class _Alone(_Decode):
     def __init__(self, vae: Any, latent: Tensor, config: DecodeConfig):
         super().__init__(vae, latent, config, str(vae.device), 1)
 
-    def fits(self) -> bool:
-        if self.family is None or self.config.mode == "whole":
-            return True
-        need = self.work + self.vae.model_size()
+    def ways(self) -> list[tuple[str, Callable[[], Tensor]]]:
+        tiled = ("in tiles", self.tiled)
+        if self.config.mode == "tiled":
+            return [tiled]
+        if self.family is None:
+            return [("whole", lambda: self.vae.decode(self.latent)), tiled]
+        forced = self.config.mode == "whole"
+        sliced = self.family.sliced_share is not None and not getattr(self.vae, "not_video", False)
+        ways: list[tuple[str, Callable[[], Tensor]]] = []
+        if self._fits(self.work) or (forced and not sliced):
+            ways.append(("whole", self.whole))
+        if sliced and (forced or self._fits(self.sliced_work[0])):
+            ways.append(("whole, in slices", self.in_slices))
+        return [*ways, tiled]
+
+    def _fits(self, work: int) -> bool:
+        need = work + self.vae.model_size()
         if room(self.vae.device) < need:
             _take_room(self.vae.device)
         return room(self.vae.device) >= need
 
+    @property
+    def sliced_work(self) -> tuple[int, int]:
+        """Bytes that a decode in slices takes, beside the VAE's weights; of carried frames besides."""
+        assert self.family is not None
+        return sliced_bytes(self.vae, self.family, self.latent.shape)
+
     def whole(self) -> Tensor:
+        """All layers whole."""
         vae, latent = self.vae, self.latent
-        if self.family is None:
-            return vae.decode(latent)
-        memory.load_models_gpu([vae.patcher], memory_required=self.work, force_full_load=vae.disable_offload)
-        bar = ProgressBar(latent.shape[0] * vae.upscale_ratio[0](latent.shape[2]))
         strip, out = Strip(-1, (latent.shape[-1],)), None
-        interrupted = memory.throw_exception_if_processing_interrupted
-        with closing(frames_of(vae, latent, strip, interrupted, bar.update)) as videos:
+        with closing(frames_of(vae, latent, strip, *self._started(self.work))) as videos:
             for i, frames in enumerate(videos):
                 if out is None:
                     out = torch.empty((len(latent), *frames.shape), dtype=frames.dtype, device=vae.output_device)
                 out[i].copy_(frames)
         assert out is not None
         return out
+
+    def in_slices(self) -> Tensor:
+        """The same pixels, each layer a few rows at a time. Carried frames that do not fit wait on the host."""
+        least, carried = self.sliced_work
+        carried = min(carried, max(0, room(self.vae.device) - self.vae.model_size() - least))
+        return frames_in_slices(self.vae, self.latent, *self._started(least + carried), carried)
+
+    def _started(self, work: int) -> tuple[Callable[[], None], Callable[[int], None]]:
+        """The VAE loaded, with room for the work: what to call before each layer, and with the frames decoded."""
+        vae, latent = self.vae, self.latent
+        memory.load_models_gpu([vae.patcher], memory_required=work, force_full_load=vae.disable_offload)
+        bar = ProgressBar(latent.shape[0] * vae.upscale_ratio[0](latent.shape[2]))
+        return memory.throw_exception_if_processing_interrupted, bar.update
 
     def tiled(self) -> Tensor:
         """ComfyUI's own tiled decoding, with a progress bar."""
@@ -237,8 +264,12 @@ class _Shared(_Decode):
     def _wide_enough(self) -> bool:
         return max(self.latent.shape[-2:]) >= self.world
 
-    def fits(self) -> bool:
-        if self.config.mode == "whole" or self.family is None or not self._wide_enough:
+    def ways(self) -> list[tuple[str, Callable[[], Tensor]]]:
+        tiled = ("in tiles", self.tiled)
+        return [("whole", self.whole), tiled] if self._fits() else [tiled]
+
+    def _fits(self) -> bool:
+        if self.config.mode != "auto" or self.family is None or not self._wide_enough:
             return self.config.mode == "whole"
         need = self.work + self.vae.model_size()
         return shared.room(shared.workers(self.devices, self.vae), need, self.vae.device) >= need

@@ -39,7 +39,7 @@ def computing(
     """Within: the decoder decodes this strip. before: called before every convolution, and may raise; frames: told how
     many more frames have been decoded."""
     with changed(
-        [*_convolutions(decoder, strip, before, frames), *_norms(decoder, strip), *_attention(decoder, strip)]
+        [*_convolutions(decoder, strip, before, frames), *_norms(decoder, strip), *attentions(decoder, strip)]
     ):
         yield
 
@@ -99,16 +99,22 @@ def _norms(decoder: nn.Module, strip: Strip) -> Changes:
 
 def _group_norm(module: Any, strip: Strip) -> Callable[[Tensor], Tensor]:
     def normalize(x: Tensor) -> Tensor:
-        mean, variance = strip.moments(*moments(x, module.num_groups))
-        weight, bias = comfy.ops.cast_bias_weight(module, x)  # wherever ComfyUI keeps them
-        each = x.shape[1] // module.num_groups
-        scale = (variance + module.eps).rsqrt().repeat_interleave(each, 1) * weight.float()
-        shift = bias.float() - mean.repeat_interleave(each, 1) * scale
-        scale, shift = (value.view(*x.shape[:2], *[1] * (x.ndim - 2)) for value in (scale, shift))
+        scale, shift = scale_and_shift(module, x, strip)
         # In float32 and rounded once, as PyTorch's own kernel does it.
         return torch.addcmul(shift, x, scale, out=torch.empty_like(x))
 
     return normalize
+
+
+def scale_and_shift(module: Any, x: Tensor, strip: Strip) -> tuple[Tensor, Tensor]:
+    """What a GroupNorm multiplies x (B, C, ...) by, and adds then: (B, C, 1 ...) each, float32."""
+    mean, variance = strip.moments(*moments(x, module.num_groups))
+    weight, bias = comfy.ops.cast_bias_weight(module, x)  # wherever ComfyUI keeps them
+    each = x.shape[1] // module.num_groups
+    scale = (variance + module.eps).rsqrt().repeat_interleave(each, 1) * weight.float()
+    shift = bias.float() - mean.repeat_interleave(each, 1) * scale
+    one = [1] * (x.ndim - 2)
+    return scale.view(*x.shape[:2], *one), shift.view(*x.shape[:2], *one)
 
 
 def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -123,7 +129,7 @@ def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return mean, (square - mean**2).clamp(min=0)
 
 
-def _attention(decoder: nn.Module, strip: Strip) -> Changes:
+def attentions(decoder: nn.Module, strip: Strip) -> Changes:
     for module in decoder.modules():
         attend = vars(module).get("optimized_attention")
         if attend is not None:

@@ -25,10 +25,23 @@ def whole_bytes(vae: Any, family: Family, shape: Sequence[int], world: int) -> i
     _, channels, frames, *sides = shape
     strip = [min(sides), -(-max(sides) // world)]
     layers = family.memory_share * vae.memory_used_decode((1, channels, frames, *strip), vae.vae_dtype)
-    scores = min(SCORES, frames**2 * strip[0] * strip[1] * sides[0] * sides[1]) * SCORE_BYTES
+    scores = _score_bytes(frames**2 * strip[0] * strip[1] * sides[0] * sides[1])
     count, *scale = vae.upscale_ratio
     pixels = count(frames) * strip[0] * scale[0] * strip[1] * scale[1] * vae.output_channels
     return int(MARGIN * (max(layers, scores) + pixels * (2 * vae.vae_dtype.itemsize + 4)))
+
+
+def sliced_bytes(vae: Any, family: Family, shape: Sequence[int]) -> tuple[int, int]:
+    """The same for a decode in slices on one device, which frames leave as they are decoded; and how many bytes of
+    carried frames may be there besides, or on the host."""
+    assert family.sliced_share is not None
+    estimate = MARGIN * vae.memory_used_decode((1, *shape[1:]), vae.vae_dtype)
+    scores = _score_bytes((shape[2] * shape[3] * shape[4]) ** 2)
+    return int(max(family.sliced_share * estimate, MARGIN * scores)), int(family.carried_share * estimate)
+
+
+def _score_bytes(scores: int) -> int:
+    return min(SCORES, scores) * SCORE_BYTES
 
 
 def tile_bytes(vae: Any, tile: Sequence[int]) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .families import family_of
 from .layers import computing
+from .slices import Carried, computing_in_slices
 from .strip import Strip
 
 
@@ -25,6 +26,34 @@ def frames_of(
     with computing(vae.first_stage_model.decoder, strip, before, frames):
         for sample in strip.cut(latent).split(1):
             yield vae.process_output(pixels_of(vae, sample)).movedim(1, -1)[0]
+
+
+def frames_in_slices(
+    vae: Any, latent: Tensor, before: Callable[[], None], frames: Callable[[int], None], carried: int
+) -> Tensor:
+    """The frames of all videos, (B, T, H, W, 3) on the VAE's output device, where each chunk goes as it is decoded.
+
+    carried: bytes of carried frames that may stay on the VAE's device.
+    """
+    count, done = vae.upscale_ratio[0](latent.shape[2]), 0
+    out: Tensor | None = None
+
+    def take(pixels: Tensor) -> None:
+        nonlocal out, done
+        part = vae.process_output(pixels.to(output_dtype(vae))).movedim(1, -1)[0]
+        if out is None:
+            shape = (len(latent), count, *part.shape[1:])
+            out = torch.empty(shape, dtype=part.dtype, device=vae.output_device)
+        video, first = divmod(done, count)
+        out[video, first : first + len(part)].copy_(part)
+        done += len(part)
+        frames(len(part))
+
+    with computing_in_slices(vae.first_stage_model.decoder, before, take, Carried(carried)):
+        for sample in latent.split(1):
+            vae.first_stage_model.decode(sample.to(device=vae.device, dtype=vae.vae_dtype))
+    assert out is not None and done == len(latent) * count
+    return out
 
 
 @contextmanager

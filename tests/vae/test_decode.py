@@ -226,9 +226,11 @@ def test_without_memory_for_the_whole_it_decodes_in_tiles(wan, latent, devices, 
 
     with caplog.at_level("INFO", logger="skein"):
         monkeypatch.setattr("skein.vae.decode.whole_bytes", lambda *_: 1 << 60)
+        monkeypatch.setattr("skein.vae.decode.sliced_bytes", lambda *_: (1 << 60, 0))
         tiled = decode(wan, latent, DecodeConfig("auto", devices, **TILES))
         assert "in tiles on cpu" in caplog.text
         monkeypatch.setattr("skein.vae.decode.frames_of", full)
+        monkeypatch.setattr("skein.vae.decode.frames_in_slices", full)
         monkeypatch.setattr("skein.vae.shared.decode_strips", full)
         again = decode(wan, latent, DecodeConfig("whole", devices, **TILES))
     assert torch.equal(tiled, again) and "memory ran out" in caplog.text

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from skein.vae.families import FAMILIES
-from skein.vae.memory import whole_bytes
+from skein.vae.memory import sliced_bytes, whole_bytes
 
 GIB = 2**30
 SIZE = (1, 16, 33, 90, 160)  # 129 frames of 1280 x 720
@@ -42,3 +42,9 @@ def test_it_shrinks_with_the_devices_and_grows_with_size_and_type(vae):
     assert whole_bytes(vae, HUNYUAN, (4, *SIZE[1:]), 1) == needs[0]  # one video after another
     vae.vae_dtype = torch.float32
     assert whole_bytes(vae, HUNYUAN, SIZE, 1) > 1.9 * needs[0]
+
+
+def test_slices_take_what_was_counted_and_fit_small_cards(vae):
+    """Counted (bench/vae_memory.py): 6.9 GiB, and 6.1 of carried frames."""
+    least, carried = sliced_bytes(vae, HUNYUAN, SIZE)
+    assert 7.4 * GIB < least < 10 * GIB and 6.1 * GIB < carried < 7 * GIB
