@@ -2,6 +2,8 @@
 nothing left behind.
 """
 
+from dataclasses import replace
+
 import comfy.ldm.flux.math as flux
 import pytest
 import torch
@@ -175,3 +177,19 @@ def test_offloaded_weights_are_fetched_once_a_part():
     with changed(beside(block, torch.device("meta"), lambda path: path == "img_attn.qkv")):
         assert layer.weight.is_meta and layer.bias.is_meta and not other.weight.is_meta
     assert layer.weight is weight and not layer.bias.is_meta
+
+
+def test_a_text_mask_reaches_the_attention_whole():
+    masked = replace(HUNYUAN, extra={"attention_mask": (torch.arange(7) < 5).long().unsqueeze(0)})
+    patcher = HUNYUAN.patcher()
+    stock = sample(masked, patcher)
+    assert relative_error(stock, sample(HUNYUAN, patcher)) > 1e-4
+    kept = AttentionConfig(kernel="stock", trim_text=False)
+    assert relative_error(sample(masked, sliced(patcher, 4, attention=kept)), stock) < 3e-6
+
+
+def test_half_precision_in_which_blocks_do_not_end_in_place():
+    """In float16 ComfyUI's blocks give back other tensors than those that they were given."""
+    patcher = HUNYUAN.patcher(dtype=torch.float16)
+    stock = sample(HUNYUAN, patcher)
+    assert stock.isfinite().all() and relative_error(sample(HUNYUAN, sliced(patcher, 4)), stock) < 2e-2
