@@ -7,7 +7,7 @@ puts the old options back when sampling ends, however it ends. Nothing outlives 
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,8 @@ def _outer_sample(executor, *args, **kwargs):
         take_off_others(guider.model_patcher)
     choice, noise = resolve(asked, guider, given["noise"].shape), given["noise"]
     if choice.plan.techniques:
-        choice.plan = with_slices(choice.plan, guider.model_patcher, noise.shape)
+        with suppress(ValueError):  # a model that Skein does not know: applied() says so
+            choice.plan = with_slices(choice.plan, guider.model_patcher, noise.shape)
     with (
         live.sampling(choice.plan.techniques, guider.model_patcher.load_device),
         followed(choice, asked.preset, guider, given) as callback,

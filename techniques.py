@@ -167,10 +167,10 @@ def _slicing(run: Sampling) -> Iterator[None]:
         yield
 
 
-def _room_of_slices(model: Any, plan: Plan, input_shape: Sequence[int], **cond_shapes: Any) -> float:
+def _room_of_slices(model: Any, plan: Plan, input_shape: Sequence[int], *conds: Any, **named: Any) -> float:
     """A model's memory_required, by which ComfyUI leaves weights off the device: it reckons with whole blocks."""
-    if len(input_shape) < 4:
-        return type(model).memory_required(model, input_shape, **cond_shapes)
+    if len(input_shape) < 4:  # several latents packed into one, whose shape says nothing
+        return type(model).memory_required(model, input_shape, *conds, **named)
     load = Load.of(Network(model.diffusion_model), input_shape, model.get_dtype_inference().itemsize)
     return room_bytes(load, plan)
 

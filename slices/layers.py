@@ -8,10 +8,12 @@ Letters: C channels.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-import comfy.model_management
+import comfy.model_management as memory
 import comfy.ops
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,26 +39,21 @@ def after_attention(block: Block, width: int) -> Changes:
             yield layer, "forward", _only(layer, slice(taken, layer.out_features))
 
 
-def beside(block: Block, device: Any, of: Callable[[str], bool]) -> Changes:
+def beside(block: Block, device: torch.device, of: Callable[[str], bool]) -> Changes:
     """The weights of a block's layers on a device, for as long as the part runs: each slice would fetch those that are
     offloaded again. of: whether a layer, by its path, runs."""
     for path, layer in block.module.named_modules():
-        weights = layer._parameters
-        # ComfyUI's dynamic VRAM has a way of its own (_v).
-        if (
-            hasattr(layer, "_v")
-            or not of(path)
-            or all(each is None or each.device == device for each in weights.values())
-        ):
+        weights = [weight for weight in layer._parameters.values() if weight is not None]
+        if hasattr(layer, "_v") or not of(path):  # ComfyUI's dynamic VRAM has a way of its own
             continue
-        if all(each is None or is_plain(each) for each in weights.values()):
-            yield layer, "_parameters", {name: _on(device, each) for name, each in weights.items()}
+        if any(weight.device != device for weight in weights) and all(map(is_plain, weights)):
+            yield layer, "_parameters", {name: _on(device, weight) for name, weight in layer._parameters.items()}
 
 
-def _on(device: Any, weight: Tensor | None) -> nn.Parameter | None:
+def _on(device: torch.device, weight: Tensor | None) -> nn.Parameter | None:
     if weight is None:
         return None
-    return nn.Parameter(comfy.model_management.cast_to_device(weight, device, None), requires_grad=False)
+    return nn.Parameter(memory.cast_to_device(weight, device, None), requires_grad=False)
 
 
 def _layers(block: Block, width: int) -> Iterator[tuple[Any, int]]:
@@ -81,11 +78,10 @@ def _only(layer: Any, channels: slice) -> Callable[[Tensor], Tensor]:
 
     def forward(x: Tensor) -> Tensor:
         out = x.new_empty(*x.shape[:-1], layer.out_features)
-        out[..., channels] = (
-            layer.some(x, channels) if isinstance(layer, QuantizedLinear) else _some(layer, x, channels)
-        )
+        out[..., channels] = some(x, channels)
         return out
 
+    some = layer.some if isinstance(layer, QuantizedLinear) else partial(_some, layer)
     return forward
 
 

@@ -63,6 +63,10 @@ class SlicedBlocks:
             return run(values)
         enter_block(values[OPTIONS])
         sliced = _Sliced(self.count, call.network.width, block, values)
+        try:
+            next(sliced.slices())
+        except ValueError:  # timesteps of frames that do not divide the tokens
+            return run(values)
         taken = sliced.before(run)
         if isinstance(taken, Tensor):  # a warm-up, to which this block is none of its kind's first
             return pass_by(block, values)
@@ -102,7 +106,7 @@ class _Sliced:
         self.image: Tensor = values[block.stack.image]
         self.count = even(self.image.shape[1], min(count, self.image.shape[1]))
 
-    def _slices(self) -> Iterator[tuple[_Slice, Values]]:
+    def slices(self) -> Iterator[tuple[_Slice, Values]]:
         """Each slice, and what the block is given for it."""
         for number in range(self.count):
             share = _Slice(self.image, self.count, number, whole=not self.stack.text)
@@ -114,7 +118,7 @@ class _Sliced:
         whole: list[Tensor] = []
         mask = None
         with changed(self._changes(before_attention, self._runs_before)):
-            for share, given in self._slices():
+            for share, given in self.slices():
                 given[OPTIONS] = {**given[OPTIONS], PART_KEY: BEFORE}
                 taken = run(given)[self.stack.image]
                 if not isinstance(taken, tuple):
@@ -134,7 +138,7 @@ class _Sliced:
         """What the block gives back, by the attention's result (B, T + S, C)."""
         stack, whole = self.stack, dict[str, Any]()
         with changed(self._changes(after_attention, self._runs_after)):
-            for share, given in self._slices():
+            for share, given in self.slices():
                 text = attended.shape[1] - share.image
                 own = attended.narrow(1, share.start + text, share.count)
                 if text and share.start == 0:

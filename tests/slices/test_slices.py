@@ -81,16 +81,21 @@ def test_layers_see_a_slice_at_a_time():
     assert (feed_forward, single) == ([9] * 4, [11, 11, 11, 10])
 
 
-@pytest.mark.parametrize("fp8", [None, FP8Config(), FP8Config("weight_only")], ids=["", "fp8", "weight_only"])
+@pytest.mark.parametrize(
+    ("fp8", "bound"),
+    [(None, 3e-6), (FP8Config(), 3e-6), (FP8Config("weight_only"), 3e-6), (FP8Config("per_tensor"), 0.03)],
+    ids=["", "per_row", "weight_only", "per_tensor"],
+)
 @pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
 @pytest.mark.parametrize("case", [HUNYUAN, FLUX], ids=["HunyuanVideo", "FLUX.1"])
-def test_with_fp8_and_lora(case, fp8, lora):
-    """FP8 scales per row belong to a token each, so that slices have the same."""
-    patcher = case.patcher()
-    patcher = with_lora(patcher, 1.0, LORA) if lora else patcher
+def test_with_fp8_and_lora(case, fp8, bound, lora):
+    """FP8 scales per row belong to a token each, so that slices have the same; one per tensor is each slice's own."""
+    patcher = with_lora(case.patcher(), 1.0, LORA) if lora else case.patcher()
     plan = {"attention": AttentionConfig(), **({"fp8": fp8} if fp8 else {})}
     whole = sample(case, engine.edit(patcher, **plan))
-    assert relative_error(sample(case, sliced(patcher, 5, **plan)), whole) < (1e-3 if fp8 == FP8Config() else 3e-6)
+    error = relative_error(sample(case, sliced(patcher, 5, **plan)), whole)
+    print(f"{error:.1e}")
+    assert error < bound and (error > 1e-4 or bound < 0.01)
     if lora:
         assert relative_error(whole, sample(case, engine.edit(case.patcher(), **plan))) > 1e-3
 
