@@ -70,6 +70,7 @@ def work_bytes(load: Load, plan: Plan, world: int = 1) -> float:
 
 
 def _attention(plan: Plan) -> float:
+    """Hidden states that a block holds in its attention."""
     return ATTENTION + (EIGHT_BIT if plan.attention is not None and plan.attention.allow_8bit else 0)
 
 

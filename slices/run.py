@@ -173,7 +173,7 @@ class _Sliced:
     def _runs_before(self, layer: str) -> bool:
         return layer in self.stack.queries or self.block.is_modulation(layer)
 
-    def _runs_after(self, layer: str) -> bool:
+    def _runs_after(self, _layer: str) -> bool:
         return True
 
 

@@ -12,7 +12,7 @@ from skein import engine, live
 from skein.estimate import Load, work_bytes
 from skein.footprint import weight_bytes, with_slices
 from skein.models import Network
-from skein.plan import AttentionConfig, Plan, PresetConfig, SlicesConfig
+from skein.plan import AttentionConfig, Plan, SlicesConfig
 from tiny_models import CASES, FLUX, HUNYUAN_VIDEO, QWEN_IMAGE, WAN, sample
 
 WIDE = {"hidden_size": 768, "num_heads": 6, "depth": 1, "depth_single_blocks": 1}
@@ -117,11 +117,3 @@ def test_comfyui_reckons_with_slices_for_the_run_only(card):
     plan = replace(ATTENTION, slices=SlicesConfig(4))
     assert asked == [work_bytes(Load(36, 256, 256, size=4), plan) * skein.estimate.SPARE]
     assert patcher.model.memory_required(case.latent) == own
-
-
-def test_a_preset_takes_slices_before_it_leaves_out_the_cache(card):
-    case = CASES["HunyuanVideo"]
-    patcher = engine.edit(card(0), preset=PresetConfig("low memory", "cpu"))
-    sample(case, patcher, steps=1)
-    techniques = live.snapshot()["sampling"]["techniques"]
-    assert "slices" in techniques
