@@ -25,6 +25,7 @@ NAMES = {  # of techniques, by the plan's fields
     "compile": "Compile Blocks",
     "parallel": "Context Parallel",
     "sparse": "Sparse Attention",
+    "slices": "Blocks in Slices",
 }
 SECOND_MODEL = "second model"  # techniques that run another model in the place of the one that nodes have changed
 COMPILE_KEY = "torch.compile"  # wrapper key of ComfyUI's set_torch_compile_wrapper, also of KJNodes

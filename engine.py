@@ -7,7 +7,7 @@ puts the old options back when sampling ends, however it ends. Nothing outlives 
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,8 @@ import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from . import conflicts, live, needs
-from .estimate import advice
-from .footprint import load_of, world_of
+from .estimate import advice, work_bytes
+from .footprint import load_of, with_slices, world_of
 from .latents import some_values
 from .models import Network, Seam
 from .pace import followed
@@ -28,12 +28,15 @@ from .presets import resolve, wanted
 from .quantization import is_quantized
 from .report import note
 from .techniques import TECHNIQUES, Sampling, delegating, evaluations
+from .units import bytes_text
 from .workers.recipe import note_origin
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 logger = logging.getLogger("skein")
+
+SLICED = "Blocks in {} slices of tokens: {} instead of {} of working memory"
 
 
 def edit(patcher: "ModelPatcher", **changes: Any) -> "ModelPatcher":
@@ -83,12 +86,15 @@ def _outer_sample(executor, *args, **kwargs):
     if asked.preset is not None or asked.techniques:
         take_off_others(guider.model_patcher)
     choice, noise = resolve(asked, guider, given["noise"].shape), given["noise"]
+    if choice.plan.techniques:
+        with suppress(ValueError):  # a model that Skein does not know: applied() says so
+            choice.plan = with_slices(choice.plan, guider.model_patcher, noise.shape)
     with (
         live.sampling(choice.plan.techniques, guider.model_patcher.load_device),
         followed(choice, asked.preset, guider, given) as callback,
         applied(choice.plan, guider),
     ):
-        _warn_of_memory(choice.plan, guider.model_patcher, noise.shape)
+        _tell_of_memory(choice.plan, guider.model_patcher, noise.shape)
         if "callback" in kwargs or len(args) < len(ARGUMENTS):
             kwargs["callback"] = callback
         else:
@@ -98,11 +104,17 @@ def _outer_sample(executor, *args, **kwargs):
         return latent
 
 
-def _warn_of_memory(plan: Plan, patcher: "ModelPatcher", latent: tuple[int, ...]) -> None:
-    """Say beforehand that a size is too large for a GPU. ComfyUI may still find a way, so nothing is refused."""
-    if patcher.load_device.type != "cuda" or not plan.techniques:
+def _tell_of_memory(plan: Plan, patcher: "ModelPatcher", latent: tuple[int, ...]) -> None:
+    """Say what slices of tokens save; and beforehand that a size is too large for a GPU. ComfyUI may still find a way,
+    so nothing is refused."""
+    load = load_of(patcher, latent) if plan.techniques else None
+    if load is not None and plan.slices is not None and "slices" in plan.techniques:
+        whole, sliced = (work_bytes(load, each, world_of(plan)) for each in (replace(plan, slices=None), plan))
+        text = SLICED.format(plan.slices.count, bytes_text(sliced), bytes_text(whole))
+        logger.info("Skein: %s", text)
+        note("slices", text)
+    if patcher.load_device.type != "cuda":
         return
-    load = load_of(patcher, latent)
     text = "" if load is None else advice(load, plan, memory.get_total_memory(patcher.load_device), world_of(plan))
     if text:
         logger.warning("Skein: %s", text)

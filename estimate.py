@@ -12,6 +12,13 @@ from .plan import Plan
 
 # Hidden states (tokens x width values) that a call holds at its peak, by how the blocks run.
 EAGER, COMPILED, COMPILED_FP8 = 14.2, 15.7, 13.3
+# The same where the blocks run in slices of tokens: what a block holds beside them (hidden states, queries, keys,
+# values, rotary factors), and what its attention takes, over all tokens as ever. Fitted to tensors counted on the CPU
+# (tests/slices/test_memory.py).
+BESIDE_SLICES, ATTENTION = 4.2, 5.2
+EIGHT_BIT = 1.5  # more for queries, keys and values in 8 bits
+SLICES = 16  # with more of them the attention takes no less
+FEWEST_TOKENS = 1024  # in a slice: fewer leave a GPU waiting
 KEPT = 1.07  # for each that the cache keeps, its signature counted
 EXCHANGED = 2.0  # more on each of several GPUs: queries, keys and values on their way to the others
 WHOLE = 1.6  # and of the whole video's tokens: as the first block is given them, and as the last one leaves them
@@ -55,9 +62,24 @@ def work_bytes(load: Load, plan: Plan, world: int = 1) -> float:
     state = load.batch * load.width * load.size
     own = load.tokens / world
     blocks = EAGER if plan.compile is None else COMPILED if plan.fp8 is None else COMPILED_FP8
+    if plan.slices is not None:
+        blocks = max(BESIDE_SLICES + (blocks - BESIDE_SLICES) / plan.slices.count, _attention(plan))
     kept = KEPT * (plan.cache.order + 1) if plan.cache and "cache" in plan.techniques else 0
     shared = own * EXCHANGED + load.tokens * WHOLE if world > 1 else 0
     return state * ((own + load.text) * blocks + own * kept + shared) + FIXED
+
+
+def _attention(plan: Plan) -> float:
+    """Hidden states that a block holds in its attention."""
+    return ATTENTION + (EIGHT_BIT if plan.attention is not None and plan.attention.allow_8bit else 0)
+
+
+def slices_for(load: Load, plan: Plan, free: float, world: int = 1) -> int:
+    """How many slices of tokens the blocks should run in, where each of `world` GPUs has `free` bytes beside the
+    weights; 1 if a call has room as it is, or is too small to gain by it."""
+    if room_bytes(load, plan, world) <= free:
+        return 1
+    return max(min(SLICES, load.tokens // world // FEWEST_TOKENS), 1)
 
 
 def room_bytes(load: Load, plan: Plan, world: int = 1) -> float:

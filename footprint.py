@@ -1,16 +1,18 @@
 """The bytes that a run needs on each of its devices: the model's weights, and what sampling takes (estimate.py)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import comfy.model_management as memory
 from torch import nn
 
-from .estimate import Load, work_bytes
+from .estimate import Load, slices_for, work_bytes
 from .models import Network
 from .patchers import own_network
-from .plan import Plan
+from .plan import Plan, SlicesConfig
 from .quantization import saved_bytes
+from .slices import can_be_sliced
 from .workers import visible_devices
 from .workers.environment import machines
 
@@ -34,6 +36,17 @@ def load_of(patcher: "ModelPatcher", latent: Sequence[int]) -> Load | None:
 def weight_bytes(model: nn.Module, plan: Plan) -> float:
     """Bytes of a model's weights under a plan, wherever they are."""
     return memory.module_size(model) - (saved_bytes(model, plan.fp8) if plan.fp8 is not None else 0)
+
+
+def with_slices(plan: Plan, patcher: "ModelPatcher", latent: Sequence[int]) -> Plan:
+    """The plan with the model's blocks in slices of tokens where a device has no room for whole ones beside the model's
+    weights, and as it is where somebody has decided that already."""
+    load = load_of(patcher, latent) if plan.slices is None else None
+    architecture = Network(own_network(patcher)).architecture
+    if load is None or not all(can_be_sliced(architecture, stack) for stack in architecture.stacks):
+        return plan
+    free = memory.get_total_memory(patcher.load_device) - weight_bytes(patcher.model, plan)
+    return replace(plan, slices=SlicesConfig(slices_for(load, plan, free, world_of(plan))))
 
 
 def expected_bytes(plan: Plan, patcher: "ModelPatcher", latent: Sequence[int]) -> float | None:

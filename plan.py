@@ -243,6 +243,21 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class SlicesConfig:
+    """Blocks in slices of tokens (see slices/). No node asks for it: a run has it where memory is short (footprint.py).
+    Raises ValueError on values that cannot be.
+
+    count: of slices; 1: never.
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"The number of slices must be 1 or more, not {self.count}.")
+
+
+@dataclass(frozen=True)
 class PresetConfig:
     """What the Speed Up node asks for: techniques that are chosen when sampling starts (see presets.py), for what no
     other node has set. Raises ValueError on values that cannot be.
@@ -321,6 +336,7 @@ class Plan:
     """All that is asked of the engine; None where a technique is not asked for.
 
     preset: fills in the techniques when sampling starts, and is None then (presets.py).
+    slices: where it is None, the engine decides when sampling starts.
     """
 
     cache: CacheConfig | None = None
@@ -330,6 +346,7 @@ class Plan:
     parallel: ParallelConfig | None = None
     sparse: SparseConfig | None = None
     preset: PresetConfig | None = None
+    slices: SlicesConfig | None = None
 
     @property
     def techniques(self) -> list[str]:
@@ -341,6 +358,8 @@ class Plan:
             off.append("cache")
         if self.sparse is not None and self.sparse.rule == "max_error" and self.sparse.max_error == 0:
             off.append("sparse")
+        if self.slices is not None and self.slices.count == 1:
+            off.append("slices")
         return [name for name in asked if name not in off]
 
 

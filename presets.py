@@ -14,7 +14,7 @@ import torch
 
 from . import conflicts, needs
 from .estimate import advice
-from .footprint import expected_bytes, load_of, world_of
+from .footprint import expected_bytes, load_of, with_slices, world_of
 from .models import Network
 from .patchers import own_network
 from .plan import (
@@ -105,12 +105,13 @@ class Case:
 
     def fits(self, plan: Plan) -> bool:
         """Whether each device has room for a run under a plan and the model's weights."""
-        need = expected_bytes(plan, self.patcher, self.latent)
+        need = expected_bytes(with_slices(plan, self.patcher, self.latent), self.patcher, self.latent)
         return need is None or need <= self.total
 
     def fits_without_weights(self, plan: Plan) -> bool:
         """Whether each device has room for a run under a plan, be the weights wherever they are."""
         load = load_of(self.patcher, self.latent)
+        plan = with_slices(plan, self.patcher, self.latent)
         return load is None or not advice(load, plan, self.total, world_of(plan))
 
 

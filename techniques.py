@@ -5,7 +5,7 @@ One that the plan does not ask for does nothing. TECHNIQUES is their order.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,8 +17,10 @@ from torch import nn
 
 from . import conflicts, live
 from .attention import RING, AttentionHook, Heads, Selection, SparseAttention, Together, stock
+from .attributes import changed
 from .cache import CacheHook, Evaluations, FirstBlockCache
 from .compilation import CompiledBlocks, require_own_folder
+from .estimate import Load, room_bytes
 from .models import Network, Seam
 from .parallel import Mesh, Sharding
 from .patchers import own_network, plain
@@ -26,6 +28,7 @@ from .plan import PLAN_KEY, AttentionConfig, CacheConfig, Plan, SparseConfig
 from .quantization import quantized
 from .report import begin, note, publish, show, sparse_called
 from .runs import Run
+from .slices import SlicedBlocks
 from .stopwatch import Stopwatch
 from .workers import delegated
 
@@ -104,7 +107,8 @@ def _attending(run: Sampling) -> Iterator[None]:
     """Attention by the plan. Without one, ComfyUI's own as one operator, which compiled, shared and sparse blocks need;
     text is then cut for sparse attention, which takes no mask."""
     config, sparse = run.plan.attention, _sparse(run)
-    if config is None and run.plan.compile is None and run.sharding is None and sparse is None:
+    as_it_is = run.plan.compile is None and run.sharding is None and "slices" not in run.plan.techniques
+    if config is None and as_it_is and sparse is None:
         yield
         return
     config = config or AttentionConfig(kernel="stock", trim_text=sparse is not None)
@@ -147,6 +151,28 @@ def _recorded(run: Sampling, sparse: SparseAttention) -> Iterator[None]:
         said = "; ".join([record.summary(), *sparse.reasons])
         logger.info("Skein sparse attention: %s", record.summary())
         show(sparse.config.node_id, said, "sparse")
+
+
+@contextmanager
+def _slicing(run: Sampling) -> Iterator[None]:
+    """Blocks in slices of tokens."""
+    config, model = run.plan.slices, run.guider.model_patcher.model
+    if config is None or config.count == 1:
+        yield
+        return
+    slices = SlicedBlocks(config.count, partial(note, "slices"))
+    run.seam.blocks.append(slices.around_block)
+    run.seam.within = slices.within
+    with changed([(model, "memory_required", partial(_room_of_slices, model, run.plan))]):
+        yield
+
+
+def _room_of_slices(model: Any, plan: Plan, input_shape: Sequence[int], *conds: Any, **named: Any) -> float:
+    """A model's memory_required, by which ComfyUI leaves weights off the device: it reckons with whole blocks."""
+    if len(input_shape) < 4:  # several latents packed into one, whose shape says nothing
+        return type(model).memory_required(model, input_shape, *conds, **named)
+    load = Load.of(Network(model.diffusion_model), input_shape, model.get_dtype_inference().itemsize)
+    return room_bytes(load, plan)
 
 
 @contextmanager
@@ -266,4 +292,4 @@ def require_several_blocks(patcher: "ModelPatcher", technique: str) -> None:
 
 # What is put on a run in this process, in this order: a block is cut before the cache is asked, and the cache decides
 # before a compiled block is entered.
-TECHNIQUES = (_loading_plainly, _quantizing, _sharing, _attending, _compiling, _caching)
+TECHNIQUES = (_loading_plainly, _quantizing, _sharing, _attending, _slicing, _compiling, _caching)

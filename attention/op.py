@@ -16,6 +16,7 @@ from torch import Tensor
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # q, k, v (B, H, S, D), mask to (B, S, H, D)
 NAME = "skein::attention"
+PART_KEY = "skein_part"  # in the options of a part of a block (parts.py)
 ATTEND, OPTIONS = "skein_attend", "skein_options"  # attributes of a thread: two copies of the pack share the operator
 
 
@@ -33,7 +34,8 @@ def active(attend: Attend, options: dict | None = None) -> Iterator[None]:
 
 def enter_block(options: dict) -> None:
     """From here on the options of the call in progress are these, which ComfyUI gives a block, with its index."""
-    setattr(threading.current_thread(), OPTIONS, options)
+    if PART_KEY not in options:  # a part's hold tensors, and it is one of the block that was entered
+        setattr(threading.current_thread(), OPTIONS, options)
 
 
 def current_options() -> dict:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..host import origin_of
 from ..models import OPTIONS, OVERRIDE, WARM_UP_KEY, Block, ModelCall, Options, Place, RunBlock, RunModel, Values
 from .op import Attend, active, current_options, enter_block
-from .op import attention as attention_op
+from .parts import attend
 from .selection import Selection
 from .sparse import SparseAttention
 from .text import without_padding
@@ -111,7 +111,7 @@ class AttentionHook:
         other = options.get(OVERRIDE)
         if other is None:
             options[OVERRIDE] = override
-        elif not hasattr(other, OURS):
+        elif not is_ours(other):
             options[OVERRIDE], options[OTHER_KEY] = _before(other), other
             if self.sparse is not None:
                 self.sparse.say(OTHER_SPARSE.format(origin_of(other)))
@@ -135,6 +135,11 @@ def stock(attention: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
         options |= {OVERRIDE: other, INSIDE_KEY: True}
     out = attention(q, k, v, q.shape[1], mask=mask, skip_reshape=True, transformer_options=options)
     return out.unflatten(2, (q.shape[1], -1))
+
+
+def is_ours(function: object) -> bool:
+    """Whether an override is Skein's."""
+    return hasattr(function, OURS)
 
 
 def _before(other: Callable) -> Callable:
@@ -170,7 +175,7 @@ def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=N
         q, k, v = (x.flatten(2).unflatten(2, (-1, head_dim)).transpose(1, 2) for x in (q, k, v))
     if k.shape[1] != q.shape[1]:  # fewer heads of keys and values than of queries
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    out = attention_op(q, k, v, mask) if k.shape[2] else q.new_zeros(q.shape).transpose(1, 2).flatten(2)
+    out = attend(options, q, k, v, mask) if k.shape[2] else q.new_zeros(q.shape).transpose(1, 2).flatten(2)
     return out.unflatten(2, (heads, -1)).transpose(1, 2) if kwargs.get("skip_output_reshape", False) else out
 
 

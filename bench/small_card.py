@@ -1,6 +1,6 @@
 """The 13 B model at full size on cards smaller than this machine's: each worker may take so many GB and no more.
 
-    python3 -m bench.small_card [--gb 24] [--world 1] [--steps 2]
+    python3 -m bench.small_card [--gb 24] [--world 1] [--steps 2] [--slices 16]
 
 All workers run on the first GPU (bench/one_card.py); --world 0: no workers, ComfyUI's own process. Each is told that
 the card has so many GB, and its allocator fails beyond that. All 60 blocks, random weights; FP8, attention and compiled
@@ -41,7 +41,17 @@ from skein.bench.vae import random_vae  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
 from skein.devices import peaks_of  # noqa: E402
 from skein.estimate import Load, work_bytes  # noqa: E402
-from skein.plan import AttentionConfig, CompileConfig, DecodeConfig, FP8Config, ParallelConfig, Plan  # noqa: E402
+from skein.footprint import with_slices  # noqa: E402
+from skein.forecast import TIMES  # noqa: E402
+from skein.plan import (  # noqa: E402
+    AttentionConfig,
+    CompileConfig,
+    DecodeConfig,
+    FP8Config,
+    ParallelConfig,
+    Plan,
+    SlicesConfig,
+)
 from skein.vae.decode import decode  # noqa: E402
 from skein.workers import group  # noqa: E402
 
@@ -67,6 +77,7 @@ def main() -> None:
     ).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--gb", type=float, default=24.0)
+    parser.add_argument("--slices", type=int, default=0, help="of blocks; 0: as a run decides, by this process's card")
     parser.add_argument("--verbose", action="store_true", help="show all lines of the workers' log")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -76,10 +87,12 @@ def main() -> None:
         "SKEIN_CARD_BYTES": str(size),
         "PYTORCH_ALLOC_CONF": f"per_process_memory_fraction:{(size - CONTEXT) / whole:.4f},expandable_segments:True",
     }
-    plan = Plan(None, AttentionConfig(), FP8Config(), CompileConfig(), ParallelConfig("all") if options.world else None)
+    plan = Plan(
+        None, AttentionConfig(), FP8Config(), CompileConfig(), ParallelConfig("all") if options.world else None,
+        slices=SlicesConfig(options.slices) if options.slices else None,
+    )  # fmt: skip
     latent = torch.zeros(models.latent_shape(options.width, options.height, options.frames))
     tokens = latent.shape[2] * latent.shape[3] * latent.shape[4] // 4
-    estimate = work_bytes(Load(tokens, TEXT, models.HIDDEN), plan, max(options.world, 1))
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder, ExitStack() as card:
         model = comfy.sd.load_diffusion_model(
             models.random_checkpoint(folder, models.hunyuan_video(options.double, options.single))
@@ -89,6 +102,8 @@ def main() -> None:
         else:
             torch.cuda.set_per_process_memory_fraction((size - CONTEXT) / whole)
             card.enter_context(changed([(torch.cuda, "mem_get_info", lambda device=None: limited(size, device))]))
+        plan = with_slices(plan, model, latent.shape)
+        estimate = work_bytes(Load(tokens, TEXT, models.HIDDEN), plan, max(options.world, 1))
         planned, text = engine.edit(model, **vars(plan)), models.conditioning(TEXT)
 
         def sampled() -> torch.Tensor:
@@ -99,7 +114,8 @@ def main() -> None:
         host = host_gib([os.getpid()] if group._group is None else list(group._group.pids.values()))
         host["comfyui_own_gib"] = host_gib([os.getpid()])["host_own_gib"]
         row = {
-            "finite": bool(out.isfinite().all()), "run_s": seconds, "tensors_gb": peaks["peak_bytes"] / 1e9,
+            "finite": bool(out.isfinite().all()), "run_s": seconds, "step_s": TIMES.times[-1].step,
+            "slices": plan.slices.count if plan.slices else 1, "tensors_gb": peaks["peak_bytes"] / 1e9,
             "peak_gb": (peaks["reserved_bytes"] + CONTEXT) / 1e9, "estimated_work_gb": estimate / 1e9, **host,
         }  # fmt: skip
         row["error_of_second_run"] = relative_error(sampled(), out)

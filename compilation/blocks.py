@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import live
-from ..attention import BLOCK_KEY, OTHER_KEY, ROPE_KEY, enter_block, override
+from ..attention import ATTENDED_KEY, BLOCK_KEY, OTHER_KEY, PART_KEY, ROPE_KEY, enter_block, override
 from ..models import (
     OPTIONS,
     OVERRIDE,
@@ -98,7 +98,7 @@ class CompiledBlocks:
         shapes = tuple(tuple(a.shape) for a in call.arguments.values() if isinstance(a, torch.Tensor))
         if self.config.warm_up and not self.failed and shapes not in self._warm:
             self._warm.add(shapes)
-            kinds: set[tuple] = set()  # of block, that have run
+            kinds: dict[tuple, str] = {}  # of block, and the path of the one that runs
             self._warm_up(lambda: run(call.changed(**{OPTIONS: {**call.options, WARM_UP_KEY: kinds}})))
         return run(call)
 
@@ -116,10 +116,8 @@ class CompiledBlocks:
         """The block compiled, or as it is where that fails."""
         assert isinstance(run, Forward)
         warmed = call.options.get(WARM_UP_KEY)
-        if warmed is not None:
-            if block.kind in warmed:
-                return pass_by(block, values)
-            warmed.add(block.kind)
+        if warmed is not None and warmed.setdefault(block.kind, block.path) != block.path:
+            return pass_by(block, values)
         if not self.failed and not self._patches_as_it_runs(block):
             enter_block(values.get(OPTIONS) or call.options)
             try:
@@ -148,7 +146,7 @@ class CompiledBlocks:
         if block.path not in self._compiled:
             self._compiled[block.path] = torch.compile(run.forward, **self.arguments)
         compute, values = partial(run.by, self._compiled[block.path]), self._stable(block, values)
-        if self._is_steady(call) and self.graphs.suit(block, values):
+        if self._is_steady(call) and PART_KEY not in values.get(OPTIONS, {}) and self.graphs.suit(block, values):
             out = self.graphs.run(block, values, compute)
         else:
             out = compute(values)
@@ -174,6 +172,9 @@ class CompiledBlocks:
                 _mark_dynamic(stable.get(name), dim)
         # block_index: one number for all, or each block would be compiled for its own.
         needed: dict[str, Any] = {OVERRIDE: override, BLOCK_KEY: True, "block_index": 0}
+        needed |= {key: values[OPTIONS][key] for key in (PART_KEY, ATTENDED_KEY) if key in values.get(OPTIONS, {})}
+        if self.config.dynamic == "auto":
+            _mark_dynamic(needed.get(ATTENDED_KEY), 1)
         if stack.rope and stable.get(stack.rope) is not None:
             needed[ROPE_KEY], stable[stack.rope] = stable[stack.rope], None
         return {**stable, OPTIONS: needed} if OPTIONS in stable else stable

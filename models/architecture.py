@@ -50,6 +50,8 @@ class Stack:
     rope: parameter with rotary factors (B, 1, T + S, D / 2, 2, 2) that may be None: the block's attention then turns
         queries and keys by them.
     modulation: parts of a block that compute shifts and scales.
+    queries: layers that compute queries, keys and values of the image and of text beside it, and nothing else in their
+        first 3 * C channels. A block with these, whose first attention alone mixes tokens, can run in slices.
     """
 
     blocks: str
@@ -63,6 +65,7 @@ class Stack:
     parameters: tuple[str, ...] = ()
     rope: str = ""
     modulation: tuple[str, ...] = ()
+    queries: tuple[str, ...] = ()
 
     @property
     def outputs(self) -> tuple[str, ...]:

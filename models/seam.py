@@ -29,6 +29,7 @@ class Seam:
     def __init__(self) -> None:
         self.models: list[AroundModel] = []
         self.blocks: list[AroundBlock] = []
+        self.within: Callable[[Forward], Callable] | None = None  # what stands in the place of a block's own forward
         self.after: Callable[[Tensor], Tensor] | None = None  # what the image goes through before Architecture.after
 
     @contextmanager
@@ -66,6 +67,8 @@ class Seam:
 
     def _block_forward(self, block: Block, current: list[ModelCall]) -> Callable:
         own = Forward(block)
+        if self.within is not None:
+            own.forward = self.within(own)
 
         def around(*args: Any, **kwargs: Any) -> Any:
             if not current:  # by another's hand, outside of a call

@@ -2,5 +2,6 @@
 
 from .mesh import Mesh
 from .shard import Sharding
+from .share import Share
 
-__all__ = ["Mesh", "Sharding"]
+__all__ = ["Mesh", "Sharding", "Share"]

@@ -53,21 +53,29 @@ class QuantizedLinear(nn.Module):
         self.bias_function: list = []
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.some(x, slice(0, self.out_features))
+
+    def some(self, x: Tensor, channels: slice) -> Tensor:
+        """Some channels of the result, (..., I) -> (..., those)."""
         comfy.ops.run_every_op()  # lets an interrupt in, as ComfyUI's own layers do
         if x.numel() == 0:
-            return x.new_empty((*x.shape[:-1], self.out_features))
+            return x.new_empty((*x.shape[:-1], channels.stop - channels.start))
         weight, scale, bias = _beside(self.weight, x), _beside(self.weight_scale, x), None
         if self.bias is not None:
             bias = _beside(self.bias, x).to(x.dtype)
             for function in self.bias_function:
                 bias = function(bias)
-        if self.mode == "weight_only" or self.weight_function:
-            if x.numel() <= FEW_ROWS * x.shape[-1] and not self.weight_function and _by_triton(x.device):
-                return few_rows_linear(x, weight, scale, bias)
+            bias = bias[channels]
+        if self.weight_function:
             weight = dequantize(weight, scale, x.dtype)
             for function in self.weight_function:
                 weight = function(weight)
-            return F.linear(x, weight, bias)
+            return F.linear(x, weight[channels], bias)
+        weight, scale = weight[channels], scale if scale.shape[0] == 1 else scale[channels]
+        if self.mode == "weight_only":
+            if x.numel() <= FEW_ROWS * x.shape[-1] and _by_triton(x.device):
+                return few_rows_linear(x, weight, scale, bias)
+            return F.linear(x, dequantize(weight, scale, x.dtype), bias)
         return scaled_linear(x, weight, scale, bias)
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **_) -> Tensor:

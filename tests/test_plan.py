@@ -3,7 +3,7 @@
 import pickle
 
 import pytest
-from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan, SlicesConfig
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,7 @@ def test_a_plan_survives_pickling_and_ignores_which_node_made_it():
         (lambda: AttentionConfig(exact_steps=-1), "0 or more"),
         (lambda: CompileConfig(mode="fast"), "max-autotune"),
         (lambda: CompileConfig(dynamic="maybe"), "auto"),
+        (lambda: SlicesConfig(0), "1 or more"),
     ],
 )
 def test_unknown_choices_are_refused_with_those_that_there_are(make, sentence):

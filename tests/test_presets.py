@@ -9,7 +9,16 @@ from skein import engine, pace, presets
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
 from skein.footprint import expected_bytes
-from skein.plan import AttentionConfig, CacheConfig, FP8Config, ParallelConfig, Plan, PresetConfig, SparseConfig
+from skein.plan import (
+    AttentionConfig,
+    CacheConfig,
+    FP8Config,
+    ParallelConfig,
+    Plan,
+    PresetConfig,
+    SlicesConfig,
+    SparseConfig,
+)
 from skein.report import recent_runs
 from small_models import random_hunyuan_video
 
@@ -131,11 +140,12 @@ def test_several_devices_only_where_they_gain(tiny_model):
     assert choice.plan.parallel is None and "does not tell how" in choice.left_out["parallel"]
 
 
-def test_the_cache_keeps_what_fits(tiny_model, monkeypatch):
+def test_the_cache_keeps_what_fits_beside_blocks_in_slices(tiny_model, monkeypatch):
     latent = (1, 16, 33, 90, 160)
     needs = {}
     for order in (0, 1, 2):
-        plan = Plan(cache=CacheConfig(0.06, order=order), attention=AttentionConfig())
+        cache = CacheConfig(0.06, order=order)
+        plan = Plan(cache=cache, attention=AttentionConfig(), slices=SlicesConfig(16))
         needs[order] = expected_bytes(plan, tiny_model, latent)
     for order, need in needs.items():
         monkeypatch.setattr("comfy.model_management.get_total_memory", lambda device, need=need: need)

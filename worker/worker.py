@@ -16,14 +16,23 @@ from ..estimate import Load, room_bytes
 from ..models import OPTIONS, Network, entry_of, first_tensor
 from ..parallel.mesh import Mesh
 from ..patchers import loaded_entries
-from ..plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, ParallelConfig, Plan, SparseConfig
+from ..plan import (
+    AttentionConfig,
+    CacheConfig,
+    CompileConfig,
+    FP8Config,
+    ParallelConfig,
+    Plan,
+    SlicesConfig,
+    SparseConfig,
+)
 from ..vae.memory import room
 from .decoder import Decoder
 from .model import Model
 
 CONFIGS = {
     "cache": CacheConfig, "attention": AttentionConfig, "fp8": FP8Config, "compile": CompileConfig,
-    "parallel": ParallelConfig, "sparse": SparseConfig,
+    "parallel": ParallelConfig, "sparse": SparseConfig, "slices": SlicesConfig,
 }  # fmt: skip
 
 

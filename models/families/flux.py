@@ -16,6 +16,7 @@ DOUBLE = Stack(
     tokens=(PerToken("pe", "sequence", 2), PerToken("modulation_dims_img", "ranges")),
     rope="pe",
     modulation=("img_mod", "txt_mod"),
+    queries=("img_attn.qkv", "txt_attn.qkv"),
 )
 SINGLE = Stack(
     "single_blocks",
@@ -25,6 +26,7 @@ SINGLE = Stack(
     tokens=(PerToken("pe", "sequence", 2), PerToken("modulation_dims", "ranges")),
     rope="pe",
     modulation=("modulation",),
+    queries=("linear1",),
 )
 HUNYUAN_VIDEO = Architecture(
     networks=("comfy.ldm.hunyuan_video.model.HunyuanVideo",),

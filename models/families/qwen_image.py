@@ -15,6 +15,7 @@ BLOCK = Stack(
         PerToken("encoder_hidden_states_mask", "text", 1),
     ),
     modulation=("img_mod", "txt_mod"),
+    queries=tuple(f"attn.{layer}" for layer in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")),
 )
 QWEN_IMAGE = Architecture(
     networks=(

@@ -3,12 +3,14 @@
 from ..architecture import Architecture, PerToken, Stack
 
 TOKENS = (PerToken("freqs", "image", 1), PerToken("e", "frames", -3), PerToken("context", "text", 1))
+QUERIES = "self_attn.q", "self_attn.k", "self_attn.v"
 BLOCK = Stack(
     "blocks",
     key="double_block",
     image="x",
     tokens=TOKENS,
     attention=("image", "cross"),
+    queries=QUERIES,
 )
 # VACE's, which run between the others and give each of them something to add.
 VACE_BLOCK = Stack(
@@ -17,6 +19,7 @@ VACE_BLOCK = Stack(
     returns=("c_skip", "c"),
     tokens=(PerToken("x", "image", 1), *TOKENS),
     attention=("image", "cross"),
+    queries=QUERIES,
 )
 
 THRESHOLD = 0.03  # ParaAttention's default for Wan 2.1

@@ -1,0 +1,84 @@
+"""Compiled blocks in slices: the same result, one graph for each part of a kind of block, and in each graph only what
+that part computes.
+"""
+
+import pytest
+import torch
+from skein import engine, live
+from skein.bench.errors import relative_error
+from skein.compilation.blocks import compile_settings
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, SlicesConfig
+from tiny_models import CASES, sample
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+
+HUNYUAN = CASES["HunyuanVideo"]
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Shapes of the weights that each compiled graph multiplies with, graph by graph; no code is made of them."""
+    found = []
+
+    def keep(graph, _inputs):
+        nodes = [node for node in graph.graph.nodes if node.target in PRODUCTS]
+        found.append(sorted(node.meta["val"].shape[-1] // 256 for node in nodes))
+        return graph
+
+    def settings(config):
+        return {**compile_settings(config), "backend": aot_autograd(fw_compiler=keep, inference_compiler=keep)}
+
+    monkeypatch.setattr("skein.compilation.blocks.compile_settings", settings)
+    torch._dynamo.reset()
+    yield found
+    torch._dynamo.reset()
+
+
+def test_each_part_computes_what_the_other_does_not(graphs):
+    """Widths of what layers compute, in hidden states: 6 and 3 are modulation."""
+    stock, plan = sample(HUNYUAN, HUNYUAN.patcher()), {"compile": CompileConfig(), "attention": AttentionConfig()}
+    assert relative_error(sample(HUNYUAN, engine.edit(HUNYUAN.patcher(), **plan)), stock) < 1e-5
+    assert graphs == [[1, 1, 1, 1, 3, 3, 4, 4, 6, 6], [1, 3, 7]]
+    graphs.clear()
+    sliced = engine.edit(HUNYUAN.patcher(), slices=SlicesConfig(4), **plan)
+    assert relative_error(sample(HUNYUAN, sliced), stock) < 1e-5
+    assert graphs == [[3, 3, 6, 6], [1, 1, 1, 1, 4, 4, 6, 6], [3, 3], [1, 3, 4]]
+
+
+def test_what_the_compiler_fails_of_runs_eagerly_in_slices(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(
+        "skein.compilation.blocks.compile_settings", lambda config: {**compile_settings(config), "backend": fail}
+    )
+    torch._dynamo.reset()
+    patcher, seen = HUNYUAN.patcher(), []
+    stock = sample(HUNYUAN, patcher)
+    layer = patcher.model.diffusion_model.double_blocks[0].img_mlp[2]
+    out = sample(HUNYUAN, engine.edit(patcher, slices=SlicesConfig(4), compile=CompileConfig()))
+    assert relative_error(out, stock) < 3e-6
+    assert live.snapshot()["sampling"]["notes"]["compile"].startswith("uncompiled")
+    layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    plan = {"slices": SlicesConfig(4), "compile": CompileConfig(warm_up=False)}
+    sample(HUNYUAN, engine.edit(patcher, **plan), steps=1)
+    assert seen == [9] * 4
+    torch._dynamo.reset()
+
+
+def test_compiled_once_for_every_run():
+    """Compiled by Inductor; with the cache and FP8 too. Slices of one size, or of another: 36 image tokens in 4 and 5
+    (which become 6), 43 of the sequence."""
+    torch._dynamo.reset()
+    patcher = HUNYUAN.patcher()
+    stock, before = sample(HUNYUAN, patcher, steps=4), counters["stats"]["unique_graphs"]
+    plan = {"compile": CompileConfig(), "attention": AttentionConfig(), "slices": SlicesConfig(4)}
+    assert relative_error(sample(HUNYUAN, engine.edit(patcher, **plan), steps=4), stock) < 1e-5
+    assert counters["stats"]["unique_graphs"] - before == 4
+    again = sample(HUNYUAN, engine.edit(patcher, cache=CacheConfig(threshold=1e-9, order=0), **plan), steps=4)
+    assert relative_error(again, stock) < 1e-5 and counters["stats"]["unique_graphs"] - before == 4
+    fp8 = {**plan, "fp8": FP8Config()}
+    whole = sample(HUNYUAN, engine.edit(patcher, **{**fp8, "slices": SlicesConfig(1)}), steps=4)
+    assert relative_error(sample(HUNYUAN, engine.edit(patcher, **fp8), steps=4), whole) < 0.02
+    assert torch.equal(sample(HUNYUAN, patcher, steps=4), stock)
