@@ -11,11 +11,10 @@ from .models import Network
 from .plan import Plan
 
 # Hidden states (tokens x width values) that a call holds at its peak, by how the blocks run.
-EAGER, COMPILED, COMPILED_FP8 = 14.2, 15.7, 13.3
+EAGER, COMPILED, COMPILED_FP8 = 14.2, 15.7, 17.1
 # The same where the blocks run in slices of tokens: what a block holds beside them (hidden states, queries, keys,
-# values, rotary factors), and what its attention takes, over all tokens as ever. Fitted to tensors counted on the CPU
-# (tests/slices/test_memory.py).
-BESIDE_SLICES, ATTENTION = 4.2, 5.2
+# values, rotary factors), and what its attention takes, over all tokens as ever.
+BESIDE_SLICES, ATTENTION = 4.2, 5.7
 EIGHT_BIT = 1.5  # more for queries, keys and values in 8 bits
 SLICES = 16  # with more of them the attention takes no less
 FEWEST_TOKENS = 1024  # in a slice: fewer leave a GPU waiting
@@ -74,10 +73,11 @@ def _attention(plan: Plan) -> float:
     return ATTENTION + (EIGHT_BIT if plan.attention is not None and plan.attention.allow_8bit else 0)
 
 
-def slices_for(load: Load, plan: Plan, free: float, world: int = 1) -> int:
-    """How many slices of tokens the blocks should run in, where each of `world` GPUs has `free` bytes beside the
-    weights; 1 if a call has room as it is, or is too small to gain by it."""
-    if room_bytes(load, plan, world) <= free:
+def slices_for(load: Load, plan: Plan, total: float, world: int = 1) -> int:
+    """How many slices of tokens the blocks should run in, where each of `world` GPUs has `total` bytes; 1 if a call has
+    room as it is, be the weights wherever they are, or is too small to gain by it. Weights that come from the host's
+    memory cost less time than slices (docs/LOG.md)."""
+    if room_bytes(load, plan, world) <= total:
         return 1
     return max(min(SLICES, load.tokens // world // FEWEST_TOKENS), 1)
 

@@ -39,14 +39,14 @@ def weight_bytes(model: nn.Module, plan: Plan) -> float:
 
 
 def with_slices(plan: Plan, patcher: "ModelPatcher", latent: Sequence[int]) -> Plan:
-    """The plan with the model's blocks in slices of tokens where a device has no room for whole ones beside the model's
-    weights, and as it is where somebody has decided that already."""
+    """The plan with the model's blocks in slices of tokens where a device has no room for whole ones, be the weights
+    wherever they are, and as it is where somebody has decided that already."""
     load = load_of(patcher, latent) if plan.slices is None else None
     architecture = Network(own_network(patcher)).architecture
     if load is None or not all(can_be_sliced(architecture, stack) for stack in architecture.stacks):
         return plan
-    free = memory.get_total_memory(patcher.load_device) - weight_bytes(patcher.model, plan)
-    return replace(plan, slices=SlicesConfig(slices_for(load, plan, free, world_of(plan))))
+    total = memory.get_total_memory(patcher.load_device)
+    return replace(plan, slices=SlicesConfig(slices_for(load, plan, total, world_of(plan))))
 
 
 def expected_bytes(plan: Plan, patcher: "ModelPatcher", latent: Sequence[int]) -> float | None:

@@ -1,6 +1,6 @@
 """A share of calls asked for: what was reached, and at what loss, on a trained model, the embedded one.
 
-    python3 scripts/dev.py -m bench.share [--checkpoint FILE] [--prompts 12] [--no-reached | --no-quality]
+    python3 scripts/dev.py -m bench.share [--checkpoint FILE] [--prompts 12] [--only quality reached thresholds]
 
 Quality: the prompts of demo/sampling.py with fixed seeds (20 steps euler, CFG 1, 17 frames of 192 x 192), through
 ComfyUI's own sampler in this process, against the same without the cache, as RGB previews: with a share asked for, by
@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +25,7 @@ load_pack()
 import torch  # noqa: E402
 from skein import engine  # noqa: E402
 from skein.bench.cache_curve import measure  # noqa: E402
-from skein.bench.previews import sampled  # noqa: E402
+from skein.bench.previews import compare, sampled  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.bench.trained import EMBEDDED, load_trained_model  # noqa: E402
 from skein.demo.sampling import PROMPTS, sample  # noqa: E402
@@ -37,9 +38,11 @@ WAYS = {
     "plain reuse": [dict(reuse_share=share, order=0) for share in SHARES],
     "one threshold": [dict(threshold=threshold) for threshold in (0.04, 0.06, 0.07, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25)],
 }
+PARTS = ("quality", "reached", "thresholds")
 STEPS = 20
 SAMPLERS, COUNTS, CFGS = ("euler", "heun", "dpmpp_2m"), (12, 20, 30, 50), (1.0, 3.0)
 SMALL = (1, 16, 3, 16, 16)
+THRESHOLDS, FEW_TO_MANY, SHORT = (0.04, 0.06, 0.08, 0.12), (12, 20, 35), (1, 16, 3, 24, 24)
 
 
 def reused_calls() -> int:
@@ -80,19 +83,36 @@ def reached(model) -> list[dict]:
     return rows
 
 
+def thresholds(model) -> list[dict]:
+    rows: list[dict] = []
+    for steps in FEW_TO_MANY:
+        references = sampled(model, steps, 4, shape=SHORT)
+        for threshold in THRESHOLDS:
+            reused: list[float] = []
+            quality = compare(
+                lambda patcher, threshold=threshold: engine.edit(patcher, cache=CacheConfig(threshold)),
+                *(model, references, steps, lambda reused=reused, steps=steps: reused.append(reused_calls() / steps)),
+                shape=SHORT,
+            )
+            rows.append({"steps": steps, "threshold": threshold, "reused": sum(reused) / len(reused), **quality})
+            print(
+                f"{steps:3d} steps, {threshold:5.2f}  reused {100 * rows[-1]['reused']:5.1f} %  "
+                f"mean {quality['psnr_mean']:5.2f} dB  worst {quality['psnr_worst']:5.2f} dB",
+                flush=True,
+            )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=EMBEDDED, help="another that demo/train.py has made")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
-    parser.add_argument("--no-quality", action="store_true")
-    parser.add_argument("--no-reached", action="store_true")
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="parts of it")
     options = parser.parse_args()
+    parts = {"quality": partial(quality, prompts=options.prompts), "reached": reached, "thresholds": thresholds}
     with torch.inference_mode():
         model = load_trained_model(options.checkpoint)
-        found = {
-            "quality": [] if options.no_quality else quality(model, options.prompts),
-            "reached": [] if options.no_reached else reached(model),
-        }
+        found: dict[str, list[dict]] = {name: parts[name](model) if name in options.only else [] for name in PARTS}
     misses = [abs(row["reached"] - row["asked"]) for row in found["reached"]]
     print(json.dumps({"device": device_name(), **found, "largest_miss": max(misses, default=None)}))
 

@@ -38,7 +38,6 @@ class CacheHook:
         self.run = run
         self.stopwatch = stopwatch
         self._streams = Streams(cache.forget, cache.total)
-        self._schedule: list[float] | None = None  # the sampler's sigmas
         self._calls: dict[ModelCall, _State] = {}  # in progress: several with ComfyUI's MultiGPU
 
     def around_model(self, call: ModelCall, run: RunModel) -> Any:
@@ -74,11 +73,11 @@ class CacheHook:
         """The step that a call at this sigma belongs to. Reads the schedule once, when the device is idle anyway."""
         if schedule is None:
             return 0
-        if self._schedule is None:
-            self._schedule = schedule.tolist()
-            self.run.steps = len(self._schedule) - 1
-            self.cache.steps = Steps(self._schedule[:-1], self.cache.start_sigma, self.cache.end_sigma)
-        return sum(each > sigma for each in self._schedule[:-1])
+        if self.cache.steps is None:
+            sigmas = schedule.tolist()[:-1]
+            self.run.steps = len(sigmas)
+            self.cache.steps = Steps(sigmas, self.cache.start_sigma, self.cache.end_sigma)
+        return sum(each > sigma for each in self.cache.steps.sigmas)
 
     def around_block(self, call: ModelCall, block: Block, values: Values, run: RunBlock) -> Values:
         """The first block decides; on a hit the blocks after it are passed by, and the last one writes its image."""

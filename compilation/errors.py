@@ -66,4 +66,5 @@ def reason(error: Exception, module: nn.Module, forward: Callable) -> str:
 
 def _has_own_forward(module: nn.Module) -> bool:
     forward = vars(module).get("forward")
-    return forward is not None and not is_own_method(module, "forward", forward)
+    ours = getattr(forward, "__module__", "").partition(".")[0] == __name__.partition(".")[0]
+    return forward is not None and not ours and not is_own_method(module, "forward", forward)

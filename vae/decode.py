@@ -21,6 +21,7 @@ from ..workers.group import running_group
 from ..workers.room import shares
 from ..workers.wanted import name_of, visible_devices, worker_setting
 from . import shared
+from .deferred import UsedAgain
 from .families import Family, family_of
 from .memory import room, sliced_bytes, whole_bytes
 from .strip import Strip
@@ -28,6 +29,11 @@ from .tiles import Tiling, tiles_of, tiling_of
 from .whole import frames_in_slices, frames_of, quick
 
 logger = logging.getLogger("skein")
+
+RAN_OUT = {  # how it was decoded in the end -> the same, and why
+    "whole, in slices": "whole, in slices, because memory ran out when whole,",
+    "in tiles": "in tiles, because memory ran out when whole,",
+}
 
 
 def decode(vae: Any, latent: Tensor, config: DecodeConfig) -> Tensor:
@@ -129,16 +135,18 @@ class _Decode(ABC):
 
     def decode(self) -> tuple[Tensor, str]:
         """The frames, and how they were decoded."""
-        ran_out = ""
+        ran_out = False
         for how, run in self.ways():
             try:
-                return run(), how + ran_out
+                return run(), RAN_OUT[how] if ran_out else how
+            except UsedAgain as error:
+                logger.warning("Skein VAE: this decoder cannot decode %s: %s.", how, error)
             except Exception as error:
                 if run == self.tiled or not is_out_of_memory(error):
                     raise
+                ran_out = True
                 logger.warning("Skein VAE: there is not enough memory on %s to decode %s.", self.where, how)
             memory.soft_empty_cache()
-            ran_out = ", because memory ran out when whole,"
         raise AssertionError
 
     @abstractmethod

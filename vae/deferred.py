@@ -199,6 +199,10 @@ class Padded(Step):
         return Padded(self.sources[0].kept(first - front, keep), [*sides, 0, 0], self.zeros)
 
 
+class UsedAgain(RuntimeError):
+    """A decoder of another form: it needs frames that have left it."""
+
+
 class Gone(Step):
     """What has been taken away. It has no values."""
 
@@ -213,7 +217,8 @@ def whole_steps(step: Step) -> Iterator[Whole]:
 def _like(step: Step) -> Tensor:
     """A tensor of the type and on the device of what a step gives."""
     found = next(whole_steps(step), None)
-    assert found is not None, "frames that were taken away are used once more"
+    if found is None:
+        raise UsedAgain("frames that were taken away are used once more")
     return found.tensor
 
 

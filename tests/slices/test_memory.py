@@ -10,7 +10,7 @@ from comfy.patcher_extension import WrappersMP
 from live_bytes import LiveBytes
 from skein import engine, live
 from skein.estimate import Load, work_bytes
-from skein.footprint import weight_bytes, with_slices
+from skein.footprint import with_slices
 from skein.models import Network
 from skein.plan import AttentionConfig, Plan, SlicesConfig
 from tiny_models import CASES, FLUX, HUNYUAN_VIDEO, QWEN_IMAGE, WAN, sample
@@ -71,23 +71,22 @@ def test_the_estimate_knows_them():
 
 @pytest.fixture
 def card(monkeypatch):
-    """Sets how many bytes the device has beside a tiny HunyuanVideo's weights, whose 36 tokens may be cut."""
+    """Sets how many bytes the device has; the 36 tokens of a tiny HunyuanVideo may be cut."""
     monkeypatch.setattr("skein.estimate.FEWEST_TOKENS", 9)
     patcher = CASES["HunyuanVideo"].patcher()
 
-    def set_free(free):
-        total = weight_bytes(patcher.model, ATTENTION) + free
+    def set_total(total):
         monkeypatch.setattr("comfy.model_management.get_total_memory", lambda *_, **__: total)
         return patcher
 
-    return set_free
+    return set_total
 
 
 def test_a_run_takes_slices_where_whole_blocks_have_no_room(card):
     case = CASES["HunyuanVideo"]
     need = work_bytes(Load(36, 256, 256, size=4), ATTENTION) * skein.estimate.SPARE
-    for free, count in ((need + 1, 1), (need - 1, 4)):
-        patcher = engine.edit(card(free), attention=AttentionConfig())
+    for total, count in ((need + 1, 1), (need - 1, 4)):
+        patcher = engine.edit(card(total), attention=AttentionConfig())
         assert with_slices(ATTENTION, patcher, case.latent).slices == SlicesConfig(count)
         sample(case, patcher)
         assert ("slices" in live.snapshot()["sampling"]["techniques"]) == (count > 1)

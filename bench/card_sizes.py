@@ -1,0 +1,163 @@
+"""The 13 B model at full size in ComfyUI's own process, on this GPU as it is and as if it had less memory.
+
+    python3 -m bench.card_sizes [--gb 24 16 12] [--blocks-whole 24] [--stock 16] [--frames 129] [--steps 2]
+
+All 60 blocks, random weights; FP8, attention and compiled blocks. ComfyUI is told that the card has so many GB, and the
+allocator fails beyond that. On each card it is sampled twice, and the second run counts: the first compiles.
+--blocks-whole: cards on which blocks run whole, too, and not in slices; --stock: on which ComfyUI samples alone, too.
+Each row: seconds a step, peaks of tensors and of what the allocator kept with a CUDA context, the weights that stay on
+the card, the host's memory, the relative difference to the whole card's result. Then the host's link is measured. Ends
+with one JSON line.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+# Pieces of free memory can be joined, as in the allocator that ComfyUI chooses (cudaMallocAsync), which knows no limit.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+from pack import load_pack  # noqa: E402
+
+load_pack()
+
+import comfy.model_management as memory  # noqa: E402
+import comfy.sd  # noqa: E402
+import torch  # noqa: E402
+from skein import engine  # noqa: E402
+from skein.attributes import changed  # noqa: E402
+from skein.bench import random_model as models  # noqa: E402
+from skein.bench.errors import relative_error  # noqa: E402
+from skein.bench.other_card.sitecustomize import CONTEXT, limited  # noqa: E402
+from skein.bench.scaling import host_gib  # noqa: E402
+from skein.bench.timing import device_name  # noqa: E402
+from skein.demo.sampling import sample  # noqa: E402
+from skein.out_of_memory import is_out_of_memory  # noqa: E402
+from skein.plan import AttentionConfig, CompileConfig, FP8Config, Plan, SlicesConfig  # noqa: E402
+
+TEXT = 60
+FAST = Plan(attention=AttentionConfig(), fp8=FP8Config(), compile=CompileConfig())
+BLOCKS_WHOLE = replace(FAST, slices=SlicesConfig(1))
+COPIED = 1 << 30  # bytes, to measure the link by
+
+
+@contextmanager
+def card_of(gb: float) -> Iterator[None]:
+    """Within: the GPU has so many GB; 0: as many as it has."""
+    memory.unload_all_models()
+    memory.soft_empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    if not gb:
+        yield
+        return
+    size, whole = int(gb * 1e9), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((size - CONTEXT) / whole)
+    told = [(torch.cuda, "mem_get_info", lambda device=None: limited(size, device))]
+    try:
+        with changed(told):
+            yield
+            memory.unload_all_models()
+            memory.soft_empty_cache()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def measured(name: str, gb: float, model, arguments: dict) -> tuple[dict, torch.Tensor | None]:
+    """A row, and the result; None where memory ran out."""
+    row: dict = {"path": name, "gb": gb}
+    with card_of(gb):
+        try:
+            first = time.perf_counter()
+            sample(model, models.conditioning(TEXT), **arguments)
+            row["first_tensors_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            torch.cuda.reset_peak_memory_stats()
+            again = time.perf_counter()
+            out = sample(model, models.conditioning(TEXT), **arguments)
+            steps = arguments["steps"]
+            row |= {"first_run_s": again - first, "step_s": (time.perf_counter() - again) / steps}
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return row | {"out_of_memory": str(error).partition("\n")[0]}, None
+        row |= {
+            "tensors_gb": torch.cuda.max_memory_allocated() / 1e9,
+            "peak_gb": (torch.cuda.max_memory_reserved() + CONTEXT) / 1e9,
+            "weights_on_card_gb": torch.cuda.memory_allocated() / 1e9,
+            **host_gib([os.getpid()]),
+        }
+    return row, out
+
+
+def link() -> dict:
+    """GB a second from the host's memory to the GPU, pinned and not."""
+    rates = {}
+    for name, pinned in (("pinned", True), ("pageable", False)):
+        source, target = (
+            torch.empty(COPIED, dtype=torch.uint8, pin_memory=pinned),
+            torch.empty(COPIED, dtype=torch.uint8),
+        )
+        source.random_(0, 255)
+        target = target.cuda()
+        for _ in range(3):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            target.copy_(source, non_blocking=True)
+            torch.cuda.synchronize()
+            rates[name] = COPIED / (time.perf_counter() - started) / 1e9
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in dict(
+        width=1280, height=720, frames=129, steps=2, double=models.DOUBLE, single=models.SINGLE
+    ).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--gb", type=float, nargs="*", default=[24.0, 16.0, 12.0])
+    parser.add_argument("--blocks-whole", type=float, nargs="*", default=[])
+    parser.add_argument("--stock", type=float, nargs="*", default=[])
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("skein").setLevel(logging.INFO)
+    latent = torch.zeros(models.latent_shape(options.width, options.height, options.frames))
+    arguments = {"latent": latent, "steps": options.steps}
+    rows: list[dict] = []
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        model = comfy.sd.load_diffusion_model(
+            models.random_checkpoint(folder, models.hunyuan_video(options.double, options.single))
+        )
+        paths = {
+            "skein": engine.edit(model, **vars(FAST)),
+            "blocks whole": engine.edit(model, **vars(BLOCKS_WHOLE)),
+            "stock": model,
+        }
+        cards = [("skein", 0.0), *(("skein", gb) for gb in options.gb)]
+        cards += [("blocks whole", gb) for gb in options.blocks_whole] + [("stock", gb) for gb in options.stock]
+        whole = None
+        for name, gb in cards:
+            row, out = measured(name, gb, paths[name], arguments)
+            whole = out if whole is None else whole
+            if out is not None and whole is not None:
+                row |= {"error": relative_error(out, whole), "finite": bool(out.isfinite().all())}
+            rows.append(row)
+            print(row, flush=True)
+    print(
+        json.dumps({
+            "device": device_name(), "random": "weights and conditioning", "sizes": vars(options), "runs": rows,
+            "link_gb_s": link(),
+        })
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
