@@ -200,7 +200,7 @@ class Padded(Step):
 
 
 class UsedAgain(RuntimeError):
-    """A decoder of another form: it needs frames that have left it."""
+    """A decoder of another form: it needs what has left it, or has been overwritten."""
 
 
 class Gone(Step):
@@ -268,7 +268,8 @@ class Deferred(torch.Tensor):
 def step_of(x: Tensor) -> Step:
     if not isinstance(x, Deferred):
         return Whole(x, ours=False)
-    assert x.step is not None, "an activation is used again after a convolution has used up its memory"
+    if x.step is None:
+        raise UsedAgain("an activation is used once more after a convolution has used up its memory")
     return x.step
 
 
