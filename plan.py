@@ -7,6 +7,7 @@ the same object can be pickled to another process.
 
 import re
 from dataclasses import dataclass, field, fields
+from typing import Any, get_args, get_type_hints
 
 PLAN_KEY = "skein"  # the attachment and wrapper key on a ModelPatcher
 MODEL_DEFAULT = -1.0  # as a threshold: the one of the model's architecture
@@ -347,6 +348,12 @@ class Plan:
     sparse: SparseConfig | None = None
     preset: PresetConfig | None = None
     slices: SlicesConfig | None = None
+
+    @classmethod
+    def of(cls, data: dict[str, dict[str, Any] | None]) -> "Plan":
+        """The plan that dataclasses.asdict has made the data of."""
+        kinds = {name: get_args(hint)[0] for name, hint in get_type_hints(cls).items()}
+        return cls(**{name: None if config is None else kinds[name](**config) for name, config in data.items()})
 
     @property
     def techniques(self) -> list[str]:

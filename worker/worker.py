@@ -16,24 +16,10 @@ from ..estimate import Load, room_bytes
 from ..models import OPTIONS, Network, entry_of, first_tensor
 from ..parallel.mesh import Mesh
 from ..patchers import loaded_entries
-from ..plan import (
-    AttentionConfig,
-    CacheConfig,
-    CompileConfig,
-    FP8Config,
-    ParallelConfig,
-    Plan,
-    SlicesConfig,
-    SparseConfig,
-)
+from ..plan import Plan
 from ..vae.memory import room
 from .decoder import Decoder
 from .model import Model
-
-CONFIGS = {
-    "cache": CacheConfig, "attention": AttentionConfig, "fp8": FP8Config, "compile": CompileConfig,
-    "parallel": ParallelConfig, "sparse": SparseConfig, "slices": SlicesConfig,
-}  # fmt: skip
 
 
 class Worker:
@@ -88,7 +74,7 @@ class Worker:
         self.model.prepare(patches, dtype, kept)
         patched = self.model.patched
         self.guider = SimpleNamespace(model_patcher=patched, model_options=patched.model_options)
-        self.plan, self.reserved = plan_from(plan), None
+        self.plan, self.reserved = Plan.of(plan), None
         with contextlib.ExitStack() as run:
             run.enter_context(engine.applied(self.plan, self.guider, self.mesh))
             self.run, self.open = run.pop_all(), True
@@ -152,8 +138,3 @@ class Worker:
         gc.collect()
         memory.soft_empty_cache(force=True)
         return {"freed": max(memory.get_free_memory(self.mesh.device) - before, 0)}
-
-
-def plan_from(data: dict) -> Plan:
-    """A plan from its dict of dicts."""
-    return Plan(**{name: None if config is None else CONFIGS[name](**config) for name, config in data.items()})

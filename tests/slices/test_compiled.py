@@ -5,9 +5,13 @@ that part computes.
 import pytest
 import torch
 from skein import engine, live
+from skein.attributes import changed
 from skein.bench.errors import relative_error
 from skein.compilation.blocks import compile_settings
+from skein.compilation.errors import FORWARD, reason
+from skein.models import Network
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, SlicesConfig
+from skein.slices.layers import before_attention
 from tiny_models import CASES, sample
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -65,6 +69,16 @@ def test_what_the_compiler_fails_of_runs_eagerly_in_slices(monkeypatch):
     sample(HUNYUAN, engine.edit(patcher, **plan), steps=1)
     assert seen == [9] * 4
     torch._dynamo.reset()
+
+
+def test_what_a_part_puts_on_a_layer_is_not_taken_for_another_nodes():
+    """The reason that a block could not be compiled for is the compiler's."""
+    module, width = HUNYUAN.patcher().model.diffusion_model, 256
+    block = Network(module).blocks[-1]
+    with changed(before_attention(block, width)):
+        assert reason(RuntimeError("the compiler's"), block.module, block.module.forward).endswith("the compiler's")
+    block.module.linear2.forward = lambda x: x
+    assert reason(RuntimeError("the compiler's"), block.module, block.module.forward) == FORWARD
 
 
 def test_compiled_once_for_every_run():
