@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
@@ -102,11 +103,11 @@ class ComfyPage:
     def queue(self) -> None:
         self.page.evaluate("() => app.queuePrompt(0)")
 
-    def run(self) -> dict:
-        """Queue the workflow and wait until the open panel shows its run, ended. A run that is over before the page
-        has drawn it is seen too."""
+    def run(self, start: Callable[[], None] | None = None) -> dict:
+        """Queue the workflow, or start a run in another way, and wait until the open panel shows the new run, ended. A
+        run that is over before the page has drawn it is seen too; one of before is not taken for it."""
         before = [run["id"] for run in self.status()["runs"]]
-        self.queue()
+        (start or self.queue)()
         ended = f"(before) => (([id, state]) => id && !before.includes(id) && state !== 'running')(({NEWEST})())"
         self.page.wait_for_function(ended, arg=before)
         return self.status()["runs"][-1]

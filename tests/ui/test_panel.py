@@ -160,6 +160,7 @@ def test_a_reload_in_the_middle_of_a_run(browser, ui_server):
         comfy.open_workflow(demo_workflow(seed=4, steps=100))
         comfy.queue()
         comfy.open_panel()
+        comfy.wait_for_state("running")
         comfy.wait_for_points(3)
         before = comfy.status()["runs"][-1]
         comfy.load()
@@ -315,8 +316,7 @@ def test_only_the_workflow_that_ran_is_written_into(browser, ui_server, prompt):
         expect(comfy.panel.get_by_text("the next run uses it")).to_be_visible()
         assert comfy.widget() == 0.12
 
-        ui_server.run(prompt)
-        comfy.wait_for_state("finished")
+        comfy.run(lambda: ui_server.run(prompt))
         write_threshold(comfy, 0.13)
         expect(comfy.panel.get_by_text("sent by a program")).to_be_visible()
         assert comfy.widget() == 0.12 and comfy.complaints() == []

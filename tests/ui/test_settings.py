@@ -97,10 +97,7 @@ def test_in_a_small_window_two_runs_and_a_saved_report(browser, ui_server, promp
         comfy.page.set_viewport_size({"width": 1120, "height": 720})
         comfy.open_workflow(demo_workflow(seed=75))
         comfy.open_panel()
-        comfy.queue()
-        comfy.wait_for_points(12)
-        comfy.wait_for_state("finished")
-        run, behind = comfy.status()["runs"][-1], comfy.status()["runs"][-2]
+        run, behind = comfy.run(), comfy.status()["runs"][-2]
         comfy.move_slider(0.1)
         main = comfy.page.locator(".skein-main")
         assert main.evaluate("(e) => e.scrollHeight - e.clientHeight") <= 0  # all of it is seen

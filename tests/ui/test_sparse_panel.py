@@ -136,8 +136,7 @@ def test_a_run_without_the_cache_is_followed(browser, ui_server, prompt):
 def test_with_the_cache_both_are_shown_and_copied(browser, ui_server, prompt):
     with ComfyPage(browser, ui_server) as comfy:
         comfy.open_panel()
-        ui_server.run(with_sparse(seeded(prompt, 82), cached=True))
-        comfy.wait_for_state("finished")
+        comfy.run(lambda: ui_server.run(with_sparse(seeded(prompt, 82), cached=True)))
         expect(comfy.page.locator(".skein-cell")).to_have_count(12, timeout=SLOW)
         assert comfy.points == 6
         status = comfy.status()

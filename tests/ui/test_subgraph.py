@@ -104,10 +104,8 @@ def test_it_runs_with_what_is_set_on_its_outside(added):
     assert "SkeinCompile" not in parts
 
     added.open_panel()
-    added.queue()
+    run = added.run()
     added.wait("app.graph.nodes.find((node) => node.type === 'SaveAnimatedWEBP').imgs?.[0]?.naturalWidth === 192")
-    added.wait_for_points(4)
-    run = added.status()["runs"][-1]
     assert len(run["calls"]) == 4 and run["reused"] > 0
     added.move_slider(0.1)
     added.panel.get_by_role("button", name="Write 0.1 into the node").click()
