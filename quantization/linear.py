@@ -53,25 +53,19 @@ class QuantizedLinear(nn.Module):
         self.bias_function: list = []
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.some(x, slice(0, self.out_features))
-
-    def some(self, x: Tensor, channels: slice) -> Tensor:
-        """Some channels of the result, (..., I) -> (..., those)."""
         comfy.ops.run_every_op()  # lets an interrupt in, as ComfyUI's own layers do
         if x.numel() == 0:
-            return x.new_empty((*x.shape[:-1], channels.stop - channels.start))
+            return x.new_empty((*x.shape[:-1], self.out_features))
         weight, scale, bias = _beside(self.weight, x), _beside(self.weight_scale, x), None
         if self.bias is not None:
             bias = _beside(self.bias, x).to(x.dtype)
             for function in self.bias_function:
                 bias = function(bias)
-            bias = bias[channels]
         if self.weight_function:
             weight = dequantize(weight, scale, x.dtype)
             for function in self.weight_function:
                 weight = function(weight)
-            return F.linear(x, weight[channels], bias)
-        weight, scale = weight[channels], scale if scale.shape[0] == 1 else scale[channels]
+            return F.linear(x, weight, bias)
         if self.mode == "weight_only":
             if x.numel() <= FEW_ROWS * x.shape[-1] and _by_triton(x.device):
                 return few_rows_linear(x, weight, scale, bias)

@@ -12,7 +12,7 @@ from skein import engine, live
 from skein.attributes import changed
 from skein.bench.errors import relative_error
 from skein.models import Network
-from skein.plan import AttentionConfig, CacheConfig, FP8Config, SlicesConfig
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, SlicesConfig
 from skein.report import recent_runs
 from skein.slices import can_be_sliced
 from skein.slices.layers import beside
@@ -108,6 +108,20 @@ def test_lora_that_comfyui_puts_on_in_each_call():
         patcher.model.get_submodule(path).weight_function = [lambda weight: weight * 1.5]
     patched = sample(HUNYUAN, patcher)
     assert relative_error(sample(HUNYUAN, sliced(patcher, 5)), patched) < 3e-6 < 1e-2 < relative_error(patched, stock)
+
+
+@pytest.mark.parametrize("plan", [{}, {"compile": CompileConfig()}], ids=["", "compiled"])
+def test_a_forward_of_another_node_on_a_layer_is_run_for_all_of_its_channels(plan):
+    """As ComfyUI's bypass LoRA puts one on each of its layers."""
+    patcher = HUNYUAN.patcher()
+    stock = sample(HUNYUAN, patcher)
+    for path in LORA:
+        layer = patcher.model.get_submodule(path)
+        added = torch.randn(layer.out_features)
+        layer.forward = lambda x, own=layer.forward, added=added: own(x) + added
+    patched = sample(HUNYUAN, patcher)
+    out = sample(HUNYUAN, sliced(patcher, 5, **plan))
+    assert relative_error(out, patched) < 3e-6 < 1e-2 < relative_error(patched, stock)
 
 
 def test_the_cache_reuses_the_same_calls():
