@@ -11,7 +11,9 @@ Letters: B batch, H heads, S tokens, D head dim.
 
 import importlib
 import importlib.util
+import re
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +22,24 @@ from ...float8 import FP8_MAX, SMALLEST, to_fp8
 from .kernel import Kernel, Problem, first, input_obstacle
 
 MODULES = ("fa3_fwd_interface", "flash_attn_interface")
+# What a library for PyTorch's stable interface says, as a RuntimeError, where there is no memory for a tensor.
+NO_MEMORY = re.compile(r"empty.* API call failed|out of memory", re.DOTALL)
 
 
 @cache
 def _function():
     module = next(name for name in MODULES if importlib.util.find_spec(name))
     return importlib.import_module(module).flash_attn_func
+
+
+def _attention(*inputs: Tensor, **options: Any) -> Any:
+    """The package's function; it is out of memory as PyTorch is."""
+    try:
+        return _function()(*inputs, **options)
+    except RuntimeError as error:
+        if NO_MEMORY.search(str(error)) and not isinstance(error, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(f"FlashAttention-3 found no memory for its result: {error}") from error
+        raise
 
 
 def _obstacle(problem: Problem) -> str | None:
@@ -43,19 +57,19 @@ def _fp8_obstacle(problem: Problem) -> str | None:
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return first(_function()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)))
+    return first(_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)))
 
 
 def _run_with_lse(q: Tensor, k: Tensor, v: Tensor, spare: int) -> tuple[Tensor, Tensor]:
     inputs = (each.transpose(1, 2) for each in (q, k, v))
-    out = _function()(*inputs, sm_margin=spare, return_attn_probs=True)
+    out = _attention(*inputs, sm_margin=spare, return_attn_probs=True)
     return out[0], out[1]
 
 
 def _run_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     (q8, q_scale), (k8, k_scale), (v8, v_scale) = quantize_heads(q, k, v)
     scales = dict(q_descale=q_scale, k_descale=k_scale, v_descale=v_scale)
-    return first(_function()(q8.transpose(1, 2), k8.transpose(1, 2), v8.transpose(1, 2), **scales)).to(q.dtype)
+    return first(_attention(q8.transpose(1, 2), k8.transpose(1, 2), v8.transpose(1, 2), **scales)).to(q.dtype)
 
 
 def quantize_heads(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -1,9 +1,11 @@
 """What FlashAttention-3 in FP8 is fed; the kernel itself runs on Hopper only (bench/attention.py, bench/quality.py)."""
 
+import pytest
 import torch
 from interpreter import interpret
 from pack import ROOT
-from skein.attention.kernels.flash3 import quantize_heads
+from skein.attention.kernels import flash3
+from skein.attention.kernels.flash3 import FLASH3, quantize_heads
 from skein.attention.kernels.kernel import plain_attention
 
 
@@ -52,3 +54,31 @@ print("same")
 
 def test_the_triton_kernels_compute_the_same_under_tritons_interpreter():
     interpret(INTERPRETED, ROOT / "attention" / "kernels")
+
+
+@pytest.mark.parametrize(
+    ("text", "raised"),
+    [
+        (
+            'torch_call_dispatcher( "aten::new_empty", "", stack.data(), (2ULL << 56)) API call failed at ops.h',
+            True,
+        ),
+        (
+            "CUDA out of memory. Tried to allocate 712.00 MiB. (originally from aoti_torch_new_empty API call failed)",
+            True,
+        ),
+        ("This flash attention build does not support headdim 512.", False),
+        ('torch_call_dispatcher("aten::transpose", "int", stack.data()) API call failed at ops.h, line 2', False),
+    ],
+    ids=["as of 2.11", "as of 2.14", "a shape", "another call"],
+)
+def test_a_full_gpu_is_told_from_a_kernel_that_fails(monkeypatch, text, raised):
+    """Its library reports both in the same way."""
+
+    def function(*_):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(flash3, "_function", lambda: function)
+    with pytest.raises(RuntimeError) as caught:
+        FLASH3.run(*torch.randn(3, 1, 2, 8, 16).unbind())
+    assert isinstance(caught.value, torch.OutOfMemoryError) is raised
