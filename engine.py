@@ -11,13 +11,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import comfy.model_management as memory
 import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from . import conflicts, live, needs
 from .estimate import advice, work_bytes
-from .footprint import load_of, with_slices, world_of
+from .footprint import load_of, usable_bytes, with_slices, world_of
 from .latents import some_values
 from .models import Network, Seam
 from .pace import followed
@@ -115,7 +114,7 @@ def _tell_of_memory(plan: Plan, patcher: "ModelPatcher", latent: tuple[int, ...]
         note("slices", text)
     if patcher.load_device.type != "cuda":
         return
-    text = "" if load is None else advice(load, plan, memory.get_total_memory(patcher.load_device), world_of(plan))
+    text = "" if load is None else advice(load, plan, usable_bytes(patcher.load_device), world_of(plan))
     if text:
         logger.warning("Skein: %s", text)
         note("memory", text)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import comfy.model_management as memory
+import torch
 from torch import nn
 
 from .estimate import Load, slices_for, work_bytes
@@ -19,10 +20,19 @@ from .workers.environment import machines
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
+CONTEXT = 0.7e9  # bytes that CUDA takes of a GPU for a process: its context, and libraries
+
 
 def world_of(plan: Plan) -> int:
     """How many devices a plan samples on."""
     return 1 if plan.parallel is None else len(visible_devices(plan.parallel.device_names)) * machines()[0]
+
+
+def usable_bytes(device: torch.device) -> float:
+    """Bytes that a run can have of a device: a GPU's, without what CUDA takes for a process and what ComfyUI leaves to
+    other programs."""
+    total = memory.get_total_memory(device)
+    return total if device.type == "cpu" else total - CONTEXT - memory.extra_reserved_memory()
 
 
 def load_of(patcher: "ModelPatcher", latent: Sequence[int]) -> Load | None:
@@ -45,8 +55,8 @@ def with_slices(plan: Plan, patcher: "ModelPatcher", latent: Sequence[int]) -> P
     architecture = Network(own_network(patcher)).architecture
     if load is None or not all(can_be_sliced(architecture, stack) for stack in architecture.stacks):
         return plan
-    total = memory.get_total_memory(patcher.load_device)
-    return replace(plan, slices=SlicesConfig(slices_for(load, plan, total, world_of(plan))))
+    usable = usable_bytes(patcher.load_device)
+    return replace(plan, slices=SlicesConfig(slices_for(load, plan, usable, world_of(plan))))
 
 
 def expected_bytes(plan: Plan, patcher: "ModelPatcher", latent: Sequence[int]) -> float | None:

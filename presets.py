@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import comfy.model_management as memory
 import torch
 
 from . import conflicts, needs
 from .estimate import advice
-from .footprint import expected_bytes, load_of, with_slices, world_of
+from .footprint import expected_bytes, load_of, usable_bytes, with_slices, world_of
 from .models import Network
 from .patchers import own_network
 from .plan import (
@@ -85,7 +84,7 @@ def resolve(plan: Plan, guider: Any, latent: Sequence[int]) -> Choice:
         elif why:
             choice.left_out[name] = why
     if choice.plan.cache is not None and plan.cache is None:
-        _fit_cache(choice, case)
+        fit_cache(choice, case)
     return choice
 
 
@@ -97,22 +96,22 @@ class Case:
     patcher: "ModelPatcher"
     latent: Sequence[int]
     network: Network = field(init=False)
-    total: float = field(init=False)  # bytes of the device
+    usable: float = field(init=False)  # bytes of the device
 
     def __post_init__(self) -> None:
         self.network = Network(own_network(self.patcher))
-        self.total = memory.get_total_memory(self.patcher.load_device)
+        self.usable = usable_bytes(self.patcher.load_device)
 
     def fits(self, plan: Plan) -> bool:
         """Whether each device has room for a run under a plan and the model's weights."""
         need = expected_bytes(with_slices(plan, self.patcher, self.latent), self.patcher, self.latent)
-        return need is None or need <= self.total
+        return need is None or need <= self.usable
 
     def fits_without_weights(self, plan: Plan) -> bool:
         """Whether each device has room for a run under a plan, be the weights wherever they are."""
         load = load_of(self.patcher, self.latent)
         plan = with_slices(plan, self.patcher, self.latent)
-        return load is None or not advice(load, plan, self.total, world_of(plan))
+        return load is None or not advice(load, plan, self.usable, world_of(plan))
 
 
 def _refused(plan: Plan, name: str, guider: Any) -> str | None:
@@ -169,7 +168,7 @@ ORDER: dict[str, Callable[[Case, Plan], str | None]] = {
 }
 
 
-def _fit_cache(choice: Choice, case: Case) -> None:
+def fit_cache(choice: Choice, case: Case) -> None:
     """Have the cache keep as many calls as fit beside the model. Or the last one alone, where that fits without the
     model: it saves more time than the weights cost that it takes the place of."""
     assert choice.plan.cache is not None
