@@ -8,7 +8,7 @@ in plain torch, where the compiler joins them to the norms before it.
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from .. import live
 from ..attention import ATTENDED_KEY, BLOCK_KEY, OTHER_KEY, PART_KEY, ROPE_KEY, enter_block, override
+from ..attributes import changed
 from ..models import (
     OPTIONS,
     OVERRIDE,
@@ -28,7 +29,9 @@ from ..models import (
     Stack,
     Values,
     pass_by,
+    streams,
 )
+from ..offloaded import beside
 from ..out_of_memory import is_out_of_memory
 from ..plan import CompileConfig
 from .errors import is_compilers, reason, root_of
@@ -78,6 +81,7 @@ class CompiledBlocks:
         self.say = say
         self.arguments = compile_settings(config)
         self._compiled: dict[str, Callable] = {}  # path of a block -> its forward, compiled
+        self._offloaded: dict[str, bool] = {}  # path of a block -> whether some of its weights are not on the device
         self._layers: dict[str, list[Any]] = {}  # path of a block -> its layers that ComfyUI may patch in each call
         self.failed = False
         self.patched = False  # whether a block has run as PATCHED says
@@ -121,7 +125,8 @@ class CompiledBlocks:
         if not self.failed and not self._patches_as_it_runs(block):
             enter_block(values.get(OPTIONS) or call.options)
             try:
-                return self._run_compiled(call, block, values, run)
+                with self._all_on_device(block, values):
+                    return self._run_compiled(call, block, values, run)
             except Exception as error:
                 self._handle(error, block, run)
         # The graph is whole or absent, so nothing has run yet and `values` are as they were.
@@ -141,15 +146,25 @@ class CompiledBlocks:
             self.say(PATCHED)
         return patches
 
+    @contextmanager
+    def _all_on_device(self, block: Block, values: Values) -> Iterator[None]:
+        """Within: those of a block's weights that ComfyUI has left off the device are on it. In a graph each would be a
+        copy that is waited for, and the graph another for each set of them."""
+        device = streams(values[block.stack.image])[0].device
+        if block.path not in self._offloaded:
+            self._offloaded[block.path] = any(weight.device != device for weight in block.module.parameters())
+        with changed(beside(block.module, device)) if self._offloaded[block.path] else nullcontext():
+            yield
+
     def _run_compiled(self, call: ModelCall, block: Block, values: Values, run: Forward) -> Values:
         started, graphs = time.perf_counter(), _graphs()
         if block.path not in self._compiled:
             self._compiled[block.path] = torch.compile(run.forward, **self.arguments)
         compute, values = partial(run.by, self._compiled[block.path]), self._stable(block, values)
-        if self._is_steady(call) and PART_KEY not in values.get(OPTIONS, {}) and self.graphs.suit(block, values):
-            out = self.graphs.run(block, values, compute)
-        else:
-            out = compute(values)
+        steady = self._is_steady(call) and not self._offloaded[block.path] and PART_KEY not in values.get(OPTIONS, {})
+        if steady and self.graphs.suit(block, values):
+            compute = partial(self.graphs.run, block, compute=compute)
+        out = compute(values)
         if _graphs() > graphs:
             logger.info("Skein compile: %s in %.1f s", block, time.perf_counter() - started)
         return out

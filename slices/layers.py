@@ -10,8 +10,6 @@ Letters: C channels.
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import comfy.model_management as memory
-import torch
 from torch import Tensor, nn
 
 from ..models import Block
@@ -34,23 +32,6 @@ def after_attention(block: Block, width: int) -> Changes:
             yield layer, "forward", _nothing(layer)
         elif _can_be_cut(layer):
             yield from _cut(layer, slice(taken, layer.out_features))
-
-
-def beside(block: Block, device: torch.device, of: Callable[[str], bool]) -> Changes:
-    """The weights of a block's layers on a device, for as long as the part runs: each slice would fetch those that are
-    offloaded again. of: whether a layer, by its path, runs."""
-    for path, layer in block.module.named_modules():
-        weights = [weight for weight in layer._parameters.values() if weight is not None]
-        if hasattr(layer, "_v") or not of(path):  # ComfyUI's dynamic VRAM has a way of its own
-            continue
-        if any(weight.device != device for weight in weights) and all(map(is_plain, weights)):
-            yield layer, "_parameters", {name: _on(device, weight) for name, weight in layer._parameters.items()}
-
-
-def _on(device: torch.device, weight: Tensor | None) -> nn.Parameter | None:
-    if weight is None:
-        return None
-    return nn.Parameter(memory.cast_to_device(weight, device, None), requires_grad=False)
 
 
 def _layers(block: Block, width: int) -> Iterator[tuple[Any, int]]:

@@ -32,8 +32,9 @@ from ..models import (
     Values,
     pass_by,
 )
+from ..offloaded import beside
 from ..parallel import Share
-from .layers import after_attention, before_attention, beside
+from .layers import after_attention, before_attention
 
 NOT_REACHED = "{} runs whole: its attention cannot be told apart"
 PATCHED = "the blocks run whole, because another node's attention patch runs inside of them"
@@ -168,7 +169,7 @@ class _Sliced:
 
     def _changes(self, of_part: Callable, runs: Callable[[str], bool]) -> Iterator[tuple[Any, str, Any]]:
         yield from of_part(self.block, self.width)
-        yield from beside(self.block, self.image.device, runs)
+        yield from beside(self.block.module, self.image.device, runs)  # each slice would fetch them again
 
     def _runs_before(self, layer: str) -> bool:
         return layer in self.stack.queries or self.block.is_modulation(layer)

@@ -14,13 +14,15 @@ import comfy.model_management as memory
 import pytest
 import torch
 import torch._inductor.config as inductor
+from comfy.patcher_extension import WrappersMP
 from loras import with_lora
 from skein import engine
+from skein.attributes import changed
 from skein.bench.errors import relative_error
 from skein.compilation.blocks import CompiledBlocks
 from skein.demo.sampling import sample
 from skein.models import Forward, ModelCall, Network
-from skein.plan import AttentionConfig, CacheConfig, CompileConfig
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config
 from skein.report import recent_runs
 from small_models import random_hunyuan_video
 from torch._dynamo.utils import counters
@@ -234,6 +236,37 @@ def test_blocks_whose_lora_is_put_on_as_they_run_are_not_compiled(tiny_model, mo
         assert relative_error(sample(planned, "a red circle", **SMALL), expected) < 1e-5
     planned.detach()
     assert compilations.new() <= 2 and "blocks that are not wholly on the GPU run uncompiled" in caplog.text
+
+
+@pytest.mark.parametrize("fp8", [{}, {"fp8": FP8Config()}], ids=["", "fp8"])
+def test_offloaded_weights_come_to_the_device_for_a_block_and_make_no_other_graph(tiny_model, monkeypatch, fp8):
+    """Here the host's memory is the meta device, and what comes from there is looked up."""
+    host, fetched, cast = {}, [], memory.cast_to_device
+
+    def on_host(network):
+        for block in (network.double_blocks[1], network.single_blocks[0]):
+            for layer in block.modules():
+                weights = {name: weight for name, weight in layer._parameters.items() if weight is not None}
+                away = {name: torch.nn.Parameter(weight.to("meta"), False) for name, weight in weights.items()}
+                host.update({away[name]: weight for name, weight in weights.items()})
+                yield layer, "_parameters", {**layer._parameters, **away}
+
+    def offload(executor, *args, **kwargs):
+        with changed(on_host(executor.class_obj)):
+            out = executor(*args, **kwargs)
+            assert all(weight.is_meta for weight in executor.class_obj.single_blocks[0].parameters())
+            return out
+
+    def cast_to_device(tensor, device, dtype, copy=False):
+        fetched.extend([tensor] if tensor in host else [])
+        return cast(host.get(tensor, tensor), device, dtype, copy=copy)
+
+    monkeypatch.setattr(memory, "cast_to_device", cast_to_device)
+    compiled = engine.edit(tiny_model, compile=CompileConfig(warm_up=False), **fp8)
+    whole, compilations = sample(compiled, "a red circle moves left", **SMALL), Compilations()
+    compiled.add_wrapper(WrappersMP.DIFFUSION_MODEL, offload)
+    assert torch.equal(sample(compiled, "a red circle moves left", **SMALL), whole)
+    assert compilations.new() == 0 and len(fetched) == len(host) and set(fetched) == set(host)
 
 
 def test_undo_is_exact_also_after_an_exception(tiny_model):

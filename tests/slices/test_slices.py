@@ -12,10 +12,10 @@ from skein import engine, live
 from skein.attributes import changed
 from skein.bench.errors import relative_error
 from skein.models import Network
+from skein.offloaded import beside
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, SlicesConfig
 from skein.report import recent_runs
 from skein.slices import can_be_sliced
-from skein.slices.layers import beside
 from tiny_models import CASES, guidance, sample
 
 HUNYUAN, FLUX = CASES["HunyuanVideo"], CASES["FLUX.1"]
@@ -193,7 +193,7 @@ def test_offloaded_weights_are_fetched_once_a_part():
 
     layer, other = block.module.img_attn.qkv, block.module.img_mlp[0]
     weight = layer.weight
-    with changed(beside(block, torch.device("meta"), lambda path: path == "img_attn.qkv")):
+    with changed(beside(block.module, torch.device("meta"), lambda path: path == "img_attn.qkv")):
         assert layer.weight.is_meta and layer.bias.is_meta and not other.weight.is_meta
     assert layer.weight is weight and not layer.bias.is_meta
 
