@@ -50,6 +50,7 @@ def draw_panel(comfy: ComfyPage) -> None:
     comfy.page.evaluate(SHOW_CACHE)
     comfy.open_panel()
     comfy.queue()
+    comfy.wait_for_state("running")
     comfy.wait_for_points(15)
     save(comfy.page.screenshot(), ROOT / "docs" / "panel.png")
     comfy.wait_for_state("finished")
