@@ -3,9 +3,9 @@
     python3 -m bench.which_card
 
 The model has its true size and no memory (PyTorch's meta device), so this takes seconds on any machine. A row for each
-size of a video, a column for each card; in it the working memory of a call beside the weights, whether blocks run in
-slices, how many calls the cache keeps, and how many GB of the weights stay in the host's memory. Card sizes are in GiB.
-Prints a Markdown table and ends with one JSON line.
+size of a video, a column for each card (in GiB); in it whether blocks run whole or in slices, the working memory of a
+call + the weights that stay on the card, and the cache's predict_order. Prints a Markdown table and ends with one JSON
+line.
 """
 
 import json

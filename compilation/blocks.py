@@ -28,8 +28,8 @@ from ..models import (
     RunModel,
     Stack,
     Values,
+    first_tensor,
     pass_by,
-    streams,
 )
 from ..offloaded import beside
 from ..out_of_memory import is_out_of_memory
@@ -150,7 +150,7 @@ class CompiledBlocks:
     def _all_on_device(self, block: Block, values: Values) -> Iterator[None]:
         """Within: those of a block's weights that ComfyUI has left off the device are on it. In a graph each would be a
         copy that is waited for, and the graph another for each set of them."""
-        device = streams(values[block.stack.image])[0].device
+        device = first_tensor((values[block.stack.image],)).device
         if block.path not in self._offloaded:
             self._offloaded[block.path] = any(weight.device != device for weight in block.module.parameters())
         with changed(beside(block.module, device)) if self._offloaded[block.path] else nullcontext():
