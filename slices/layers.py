@@ -67,7 +67,7 @@ def _cut(layer: Any, rows: slice) -> Changes:
 
 def _rows(weight: Tensor | None, rows: slice, layer: Any) -> nn.Parameter | Tensor | None:
     """The rows of a parameter; one that is for all rows (a scale) as it is."""
-    if weight is None or weight.shape[0] != layer.out_features:
+    if weight is None or weight.shape[:1] != (layer.out_features,):
         return weight
     return nn.Parameter(weight[rows], requires_grad=False)
 

@@ -239,8 +239,11 @@ def test_blocks_whose_lora_is_put_on_as_they_run_are_not_compiled(tiny_model, mo
 
 
 @pytest.mark.parametrize("fp8", [{}, {"fp8": FP8Config()}], ids=["", "fp8"])
-def test_offloaded_weights_come_to_the_device_for_a_block_and_make_no_other_graph(tiny_model, monkeypatch, fp8):
-    """Here the host's memory is the meta device, and what comes from there is looked up."""
+def test_offloaded_weights_come_to_the_device_for_a_block_and_make_no_other_graph(
+    tiny_model, monkeypatch, recorder, fp8
+):
+    """Here the host's memory is the meta device, and what comes from there is looked up. As CUDA graphs only the other
+    blocks run: a graph reads weights where they were."""
     host, fetched, cast = {}, [], memory.cast_to_device
 
     def on_host(network):
@@ -264,9 +267,12 @@ def test_offloaded_weights_come_to_the_device_for_a_block_and_make_no_other_grap
     monkeypatch.setattr(memory, "cast_to_device", cast_to_device)
     compiled = engine.edit(tiny_model, compile=CompileConfig(warm_up=False), **fp8)
     whole, compilations = sample(compiled, "a red circle moves left", **SMALL), Compilations()
+    assert recorder.calls.count("record") == 4
+    recorder.calls.clear()
     compiled.add_wrapper(WrappersMP.DIFFUSION_MODEL, offload)
     assert torch.equal(sample(compiled, "a red circle moves left", **SMALL), whole)
     assert compilations.new() == 0 and len(fetched) == len(host) and set(fetched) == set(host)
+    assert recorder.calls.count("record") == 2
 
 
 def test_undo_is_exact_also_after_an_exception(tiny_model):

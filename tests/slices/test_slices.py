@@ -124,6 +124,15 @@ def test_a_forward_of_another_node_on_a_layer_is_run_for_all_of_its_channels(pla
     assert relative_error(out, patched) < 3e-6 < 1e-2 < relative_error(patched, stock)
 
 
+def test_a_parameter_of_a_layer_that_is_for_all_rows_stays_whole():
+    """As a scale of the input, of no dimension."""
+    patcher = HUNYUAN.patcher()
+    stock = sample(HUNYUAN, patcher)
+    layer = patcher.model.diffusion_model.single_blocks[0].linear1
+    layer.register_parameter("input_scale", torch.nn.Parameter(torch.tensor(1.0), requires_grad=False))
+    assert relative_error(sample(HUNYUAN, sliced(patcher, 5)), stock) < 3e-6
+
+
 def test_the_cache_reuses_the_same_calls():
     patcher = HUNYUAN.patcher()
     how = {"cfg": 3.0, "steps": 5, "near": True}
