@@ -10,6 +10,7 @@ from torch import nn
 
 from .estimate import Load, slices_for, work_bytes
 from .models import Network
+from .offloaded import ahead_bytes
 from .patchers import own_network
 from .plan import Plan, SlicesConfig
 from .quantization import saved_bytes
@@ -48,14 +49,21 @@ def weight_bytes(model: nn.Module, plan: Plan) -> float:
     return memory.module_size(model) - (saved_bytes(model, plan.fp8) if plan.fp8 is not None else 0)
 
 
+def coming_bytes(model: nn.Module, network: Network, plan: Plan) -> float:
+    """Bytes of blocks' weights that are on a device at once where all of them come from the host's memory."""
+    if plan.fp8 is None and plan.compile is None:
+        return 0
+    return ahead_bytes(network) * weight_bytes(model, plan) / memory.module_size(model)
+
+
 def with_slices(plan: Plan, patcher: "ModelPatcher", latent: Sequence[int]) -> Plan:
     """The plan with the model's blocks in slices of tokens where a device has no room for whole ones, be the weights
     wherever they are, and as it is where somebody has decided that already."""
     load = load_of(patcher, latent) if plan.slices is None else None
-    architecture = Network(own_network(patcher)).architecture
-    if load is None or not all(can_be_sliced(architecture, stack) for stack in architecture.stacks):
+    network = Network(own_network(patcher))
+    if load is None or not all(can_be_sliced(network.architecture, stack) for stack in network.architecture.stacks):
         return plan
-    usable = usable_bytes(patcher.load_device)
+    usable = usable_bytes(patcher.load_device) - coming_bytes(patcher.model, network, plan)
     return replace(plan, slices=SlicesConfig(slices_for(load, plan, usable, world_of(plan))))
 
 

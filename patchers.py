@@ -60,6 +60,12 @@ def clone_over(source: ModelPatcher, root: ModelPatcher) -> ModelPatcher:
     return patcher
 
 
+def let_go(patcher: ModelPatcher) -> None:
+    """A run's patcher (clone_over) goes, and the model stays. ComfyUI unpins all weights of a model when any patcher
+    over it goes, and pins them anew only when it has left them off the device anew."""
+    patcher.pinned = set()  # the root has those that there are: ComfyUI's clones share one set
+
+
 def own_network(patcher: ModelPatcher) -> Any:
     """The model's own network, below an object patch that another workflow may have left on it."""
     return patcher.object_patches_backup.get("diffusion_model", patcher.model.diffusion_model)
@@ -123,11 +129,12 @@ def plain(guider) -> Iterator[None]:
     if kept.value is None or kept.value.is_overwritten():
         kept.value = None
         kept.value = Plain(source)
-    guider.model_patcher = clone_over(source, kept.value.root)
+    guider.model_patcher = run = clone_over(source, kept.value.root)
     try:
         yield
     finally:
         guider.model_patcher = source
+        let_go(run)
 
 
 def without_dynamic_vram(source: ModelPatcher) -> ModelPatcher:

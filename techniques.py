@@ -5,7 +5,7 @@ One that the plan does not ask for does nothing. TECHNIQUES is their order.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +22,7 @@ from .cache import CacheHook, Evaluations, FirstBlockCache
 from .compilation import CompiledBlocks, require_own_folder
 from .estimate import Load, room_bytes
 from .models import Network, Seam
+from .offloaded import CASTS, OffloadedBlocks, ahead_bytes
 from .parallel import Mesh, Sharding
 from .patchers import own_network, plain
 from .plan import PLAN_KEY, AttentionConfig, CacheConfig, Plan, SparseConfig
@@ -42,7 +43,7 @@ logger = logging.getLogger("skein")
 class Sampling:
     """A run that techniques are put on. mesh: the processes that share it, in a worker; None in ComfyUI's own process.
 
-    sharding: this process's part of each call, where there are others.
+    sharding: this process's part of each call, where there are others. offloaded: blocks with weights off the device.
     """
 
     plan: Plan
@@ -50,6 +51,7 @@ class Sampling:
     mesh: Mesh | None
     seam: Seam = field(default_factory=Seam)
     sharding: Sharding | None = None
+    offloaded: OffloadedBlocks | None = None
 
     @property
     def options(self) -> dict:
@@ -154,25 +156,47 @@ def _recorded(run: Sampling, sparse: SparseAttention) -> Iterator[None]:
 
 
 @contextmanager
+def _fetching(run: Sampling) -> Iterator[None]:
+    """Weights that ComfyUI has left off the device, brought to it block by block, where blocks do not run as ComfyUI
+    has them run."""
+    plan, model = run.plan, run.guider.model_patcher.model
+    own = model.memory_required
+    if plan.fp8 is None and plan.compile is None and "slices" not in plan.techniques:
+        yield
+        return
+    run.offloaded = OffloadedBlocks(partial(note, "offloaded"))
+    run.seam.models.append(run.offloaded.around_model)
+    run.seam.blocks.append(run.offloaded.around_block)
+    with run.offloaded.on(), changed([(model, "memory_required", partial(_memory_required, model, plan, own))]):
+        yield
+
+
+def _memory_required(
+    model: Any, plan: Plan, own: Callable, input_shape: Sequence[int], *conds: Any, **named: Any
+) -> float:
+    """A model's memory_required, by which ComfyUI leaves weights off the device: its own knows neither of slices nor of
+    weights that come ahead."""
+    network = Network(model.diffusion_model)
+    if (
+        "slices" in plan.techniques and len(input_shape) >= 4
+    ):  # of several latents packed into one the shape says nothing
+        need = room_bytes(Load.of(network, input_shape, model.get_dtype_inference().itemsize), plan)
+    else:
+        need = own(input_shape, *conds, **named)
+    return need + ahead_bytes(network)
+
+
+@contextmanager
 def _slicing(run: Sampling) -> Iterator[None]:
     """Blocks in slices of tokens."""
-    config, model = run.plan.slices, run.guider.model_patcher.model
+    config = run.plan.slices
     if config is None or config.count == 1:
         yield
         return
     slices = SlicedBlocks(config.count, partial(note, "slices"))
     run.seam.blocks.append(slices.around_block)
     run.seam.within = slices.within
-    with changed([(model, "memory_required", partial(_room_of_slices, model, run.plan))]):
-        yield
-
-
-def _room_of_slices(model: Any, plan: Plan, input_shape: Sequence[int], *conds: Any, **named: Any) -> float:
-    """A model's memory_required, by which ComfyUI leaves weights off the device: it reckons with whole blocks."""
-    if len(input_shape) < 4:  # several latents packed into one, whose shape says nothing
-        return type(model).memory_required(model, input_shape, *conds, **named)
-    load = Load.of(Network(model.diffusion_model), input_shape, model.get_dtype_inference().itemsize)
-    return room_bytes(load, plan)
+    yield
 
 
 @contextmanager
@@ -196,10 +220,12 @@ def _compiling(run: Sampling) -> Iterator[None]:
         and not (run.plan.attention and run.plan.attention.allow_8bit)
         and "sparse" not in run.plan.techniques
     )
-    blocks = CompiledBlocks(config, partial(show, config.node_id, about="compile"), same_kernels)
+    assert run.offloaded is not None
+    say = partial(show, config.node_id, about="compile")
+    blocks = CompiledBlocks(config, say, same_kernels, run.offloaded.came)
     run.seam.models.append(blocks.around_model)
     run.seam.blocks.append(blocks.around_block)
-    with blocks.settings(), _frozen(run.guider.model_patcher.model.diffusion_model):
+    with blocks.settings(), _alike(run.guider.model_patcher.model.diffusion_model):
         yield
 
 
@@ -216,17 +242,24 @@ def _compile_obstacle(transformer_options: dict) -> str:
 
 
 @contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
-    """Within: no parameter requires gradients. Older ComfyUIs load them so and patch them otherwise, and compiled
-    blocks would be compiled again for a LoRA."""
+def _alike(network: nn.Module) -> Iterator[None]:
+    """Within: blocks differ in nothing that tells compiled graphs apart and comes of how ComfyUI has loaded or patched
+    them. No parameter requires gradients, as older ComfyUIs load them; and all layers have CASTS of their own, as those
+    have that ComfyUI has once left off the device."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    layers = [layer for layer in network.modules() if hasattr(layer, CASTS) and CASTS not in vars(layer)]
     for parameter in parameters:
         parameter.requires_grad_(False)
+    for layer in layers:
+        setattr(layer, CASTS, getattr(layer, CASTS))
     try:
         yield
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
+        for layer in layers:
+            if getattr(layer, CASTS) == getattr(type(layer), CASTS):  # not left off the device meanwhile
+                delattr(layer, CASTS)
 
 
 def evaluations(guider) -> Evaluations:
@@ -292,4 +325,4 @@ def require_several_blocks(patcher: "ModelPatcher", technique: str) -> None:
 
 # What is put on a run in this process, in this order: a block is cut before the cache is asked, and the cache decides
 # before a compiled block is entered.
-TECHNIQUES = (_loading_plainly, _quantizing, _sharing, _attending, _slicing, _compiling, _caching)
+TECHNIQUES = (_loading_plainly, _quantizing, _sharing, _attending, _fetching, _slicing, _compiling, _caching)

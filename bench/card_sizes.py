@@ -1,13 +1,17 @@
 """The 13 B model at full size in ComfyUI's own process, on this GPU as it is and as if it had less memory.
 
-    python3 -m bench.card_sizes [--gb 24 16 12] [--blocks-whole 24] [--stock 16] [--frames 129] [--steps 2]
+    python3 -m bench.card_sizes [--gb 24 16 12] [--links 25 12] [--when-needed 16] [--blocks-whole 24] [--stock 16]
+        [--decode] [--frames 129] [--steps 3]
 
 All 60 blocks, random weights; FP8, attention and compiled blocks. ComfyUI is told that the card has so many GB, and the
-allocator fails beyond that. On each card it is sampled twice, and the second run counts: the first compiles.
---blocks-whole: cards on which blocks run whole, too, and not in slices; --stock: on which ComfyUI samples alone, too.
-Each row: seconds a step, peaks of tensors and of what the allocator kept with a CUDA context, the weights that stay on
-the card, the host's memory, the relative difference to the whole card's result. Then the host's link is measured. Ends
-with one JSON line.
+allocator fails beyond that. The first step counts in `run_s` alone: it compiles. --links: on each card again, with
+weights that come from the host at so many GB a second (each is copied so many times as takes so long). --when-needed:
+cards on which they come when a block needs them, too, and not ahead, by the slowest link. --blocks-whole: cards on
+which blocks run whole, too, and not in slices; --stock: on which ComfyUI samples alone, too. --decode: the result is
+decoded, too, by a random VAE of true size.
+Each row: seconds a step and of the whole run, peaks of tensors and of what the allocator kept with a CUDA context, the
+weights that stay on the card, what ComfyUI has pinned meanwhile, the host's memory, the relative difference to the
+whole card's result. Ends with one JSON line.
 """
 
 import argparse
@@ -34,16 +38,18 @@ load_pack()
 import comfy.model_management as memory  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
-from skein import engine  # noqa: E402
+from skein import engine, offloaded  # noqa: E402
 from skein.attributes import changed  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
 from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.other_card.sitecustomize import CONTEXT, limited  # noqa: E402
 from skein.bench.scaling import host_gib  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
+from skein.bench.vae import random_vae  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
 from skein.out_of_memory import is_out_of_memory  # noqa: E402
-from skein.plan import AttentionConfig, CompileConfig, FP8Config, Plan, SlicesConfig  # noqa: E402
+from skein.plan import AttentionConfig, CompileConfig, DecodeConfig, FP8Config, Plan, SlicesConfig  # noqa: E402
+from skein.vae.decode import decode  # noqa: E402
 
 TEXT = 60
 FAST = Plan(attention=AttentionConfig(), fp8=FP8Config(), compile=CompileConfig())
@@ -72,30 +78,77 @@ def card_of(gb: float) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def measured(name: str, gb: float, model, arguments: dict) -> tuple[dict, torch.Tensor | None]:
+@contextmanager
+def link_of(gb_s: float, there: dict) -> Iterator[None]:
+    """Within: blocks' weights come at so many GB a second; 0: as they do. there: the link that there is."""
+    if not gb_s:
+        yield
+        return
+    once = offloaded.copy
+
+    def slowly(target: torch.Tensor, source: torch.Tensor) -> None:
+        times = there["pinned" if source.is_pinned() else "pageable"] / gb_s
+        for _ in range(max(int(times), 1)):
+            once(target, source)
+        again = int((times % 1) * len(target)) if times > 1 and target.ndim else 0
+        if again:
+            once(target[:again], source[:again])
+
+    with changed([(offloaded, "copy", slowly)]):
+        yield
+
+
+def measured(
+    name: str, gb: float, model, arguments: dict, vae: comfy.sd.VAE | None
+) -> tuple[dict, torch.Tensor | None]:
     """A row, and the result; None where memory ran out."""
     row: dict = {"path": name, "gb": gb}
     with card_of(gb):
         try:
-            first = time.perf_counter()
-            sample(model, models.conditioning(TEXT), **arguments)
-            row["first_tensors_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            torch.cuda.reset_peak_memory_stats()
-            again = time.perf_counter()
-            out = sample(model, models.conditioning(TEXT), **arguments)
-            steps = arguments["steps"]
-            row |= {"first_run_s": again - first, "step_s": (time.perf_counter() - again) / steps}
+            out, times = stepped(model, arguments)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             return row | {"out_of_memory": str(error).partition("\n")[0]}, None
-        row |= {
+        row |= times | {
             "tensors_gb": torch.cuda.max_memory_allocated() / 1e9,
             "peak_gb": (torch.cuda.max_memory_reserved() + CONTEXT) / 1e9,
             "weights_on_card_gb": torch.cuda.memory_allocated() / 1e9,
             **host_gib([os.getpid()]),
         }
+        if vae is not None:
+            row |= decoded(vae, out, by_skein=name != "stock")
     return row, out
+
+
+def stepped(model, arguments: dict) -> tuple[torch.Tensor, dict]:
+    """A run's result, and what it took."""
+    ended: list[float] = []
+    pinned: list[int] = []
+
+    def step_ended(*_args) -> None:
+        torch.cuda.synchronize()
+        ended.append(time.perf_counter())
+        pinned.append(memory.TOTAL_PINNED_MEMORY)
+        if len(ended) == 1:
+            torch.cuda.reset_peak_memory_stats()
+
+    started = time.perf_counter()
+    out = sample(model, models.conditioning(TEXT), callback=step_ended, **arguments)
+    step_s = (ended[-1] - ended[0]) / (len(ended) - 1)
+    return out, {"step_s": step_s, "run_s": time.perf_counter() - started, "pinned_gb": max(pinned) / 1e9}
+
+
+def decoded(vae: comfy.sd.VAE, latent: torch.Tensor, by_skein: bool) -> dict:
+    """The VAE's part of a row, as after a run: the model is where that has left it."""
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    decode(vae, latent, DecodeConfig()) if by_skein else vae.decode(latent)
+    return {
+        "decode_s": time.perf_counter() - started, "decode_tensors_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "decode_peak_gb": (torch.cuda.max_memory_reserved() + CONTEXT) / 1e9,
+        **{f"decode_{name}": value for name, value in host_gib([os.getpid()]).items()},
+    }  # fmt: skip
 
 
 def link() -> dict:
@@ -120,13 +173,18 @@ def link() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in dict(
-        width=1280, height=720, frames=129, steps=2, double=models.DOUBLE, single=models.SINGLE
+        width=1280, height=720, frames=129, steps=3, double=models.DOUBLE, single=models.SINGLE
     ).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--gb", type=float, nargs="*", default=[24.0, 16.0, 12.0])
+    parser.add_argument("--links", type=float, nargs="*", default=[])
+    parser.add_argument("--decode", action="store_true")
+    parser.add_argument("--when-needed", type=float, nargs="*", default=[])
     parser.add_argument("--blocks-whole", type=float, nargs="*", default=[])
     parser.add_argument("--stock", type=float, nargs="*", default=[])
     options = parser.parse_args()
+    if options.steps < 2:
+        parser.error("--steps must be 2 or more: the first one compiles.")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("skein").setLevel(logging.INFO)
     latent = torch.zeros(models.latent_shape(options.width, options.height, options.frames))
@@ -138,14 +196,23 @@ def main() -> None:
         )
         paths = {
             "skein": engine.edit(model, **vars(FAST)),
+            "when needed": engine.edit(model, **vars(FAST)),
             "blocks whole": engine.edit(model, **vars(BLOCKS_WHOLE)),
             "stock": model,
         }
-        cards = [("skein", 0.0), *(("skein", gb) for gb in options.gb)]
-        cards += [("blocks whole", gb) for gb in options.blocks_whole] + [("stock", gb) for gb in options.stock]
+        vae = random_vae("HunyuanVideo") if options.decode else None
+        there = link()
+        cards = [("skein", gb, 0.0) for gb in (0.0, *options.gb)]
+        cards += [("skein", gb, rate) for gb in options.gb for rate in options.links]
+        cards += [("when needed", gb, min(options.links, default=0.0)) for gb in options.when_needed]
+        cards += [("blocks whole", gb, 0.0) for gb in options.blocks_whole]
+        cards += [("stock", gb, 0.0) for gb in options.stock]
         whole = None
-        for name, gb in cards:
-            row, out = measured(name, gb, paths[name], arguments)
+        for name, gb, rate in cards:
+            ahead = {} if name == "when needed" else offloaded.COPIES
+            with link_of(rate, there), changed([(offloaded, "COPIES", ahead)]):
+                row, out = measured(name, gb, paths[name], arguments, vae)
+            row["link_gb_s"] = rate or there["pinned"]
             whole = out if whole is None else whole
             if out is not None and whole is not None:
                 row |= {"error": relative_error(out, whole), "finite": bool(out.isfinite().all())}
@@ -154,7 +221,7 @@ def main() -> None:
     print(
         json.dumps({
             "device": device_name(), "random": "weights and conditioning", "sizes": vars(options), "runs": rows,
-            "link_gb_s": link(),
+            "link_gb_s": there,
         })
     )  # fmt: skip
 

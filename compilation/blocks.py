@@ -8,7 +8,7 @@ in plain torch, where the compiler joins them to the norms before it.
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 
 from .. import live
 from ..attention import ATTENDED_KEY, BLOCK_KEY, OTHER_KEY, PART_KEY, ROPE_KEY, enter_block, override
-from ..attributes import changed
 from ..models import (
     OPTIONS,
     OVERRIDE,
@@ -28,10 +27,8 @@ from ..models import (
     RunModel,
     Stack,
     Values,
-    first_tensor,
     pass_by,
 )
-from ..offloaded import beside
 from ..out_of_memory import is_out_of_memory
 from ..plan import CompileConfig
 from .errors import is_compilers, reason, root_of
@@ -71,17 +68,24 @@ class CompiledBlocks:
     """The compiled blocks of one run: arguments that keep graphs valid, warm-up, and the way back to eager.
 
     Stands next to the blocks' own forwards, inside of everything else. say: shows a line of status to the user.
-    same_kernels: whether a block starts the same attention kernels in each call.
+    same_kernels: whether a block starts the same attention kernels in each call. moves: whether a block's weights are
+    elsewhere in each call.
     """
 
-    def __init__(self, config: CompileConfig, say: Callable[[str], None], same_kernels: bool = False):
+    def __init__(
+        self,
+        config: CompileConfig,
+        say: Callable[[str], None],
+        same_kernels: bool = False,
+        moves: Callable[[Block], bool] = lambda block: False,
+    ):
         self.config = config
+        self.moves = moves
         self.same_kernels = same_kernels and not config.mode.endswith("no-cudagraphs")
         self.graphs = BlockGraphs()
         self.say = say
         self.arguments = compile_settings(config)
         self._compiled: dict[str, Callable] = {}  # path of a block -> its forward, compiled
-        self._offloaded: dict[str, bool] = {}  # path of a block -> whether some of its weights are not on the device
         self._layers: dict[str, list[Any]] = {}  # path of a block -> its layers that ComfyUI may patch in each call
         self.failed = False
         self.patched = False  # whether a block has run as PATCHED says
@@ -125,8 +129,7 @@ class CompiledBlocks:
         if not self.failed and not self._patches_as_it_runs(block):
             enter_block(values.get(OPTIONS) or call.options)
             try:
-                with self._all_on_device(block, values):
-                    return self._run_compiled(call, block, values, run)
+                return self._run_compiled(call, block, values, run)
             except Exception as error:
                 self._handle(error, block, run)
         # The graph is whole or absent, so nothing has run yet and `values` are as they were.
@@ -146,22 +149,12 @@ class CompiledBlocks:
             self.say(PATCHED)
         return patches
 
-    @contextmanager
-    def _all_on_device(self, block: Block, values: Values) -> Iterator[None]:
-        """Within: those of a block's weights that ComfyUI has left off the device are on it. In a graph each would be a
-        copy that is waited for, and the graph another for each set of them."""
-        device = first_tensor((values[block.stack.image],)).device
-        if block.path not in self._offloaded:
-            self._offloaded[block.path] = any(weight.device != device for weight in block.module.parameters())
-        with changed(beside(block.module, device)) if self._offloaded[block.path] else nullcontext():
-            yield
-
     def _run_compiled(self, call: ModelCall, block: Block, values: Values, run: Forward) -> Values:
         started, graphs = time.perf_counter(), _graphs()
         if block.path not in self._compiled:
             self._compiled[block.path] = torch.compile(run.forward, **self.arguments)
         compute, values = partial(run.by, self._compiled[block.path]), self._stable(block, values)
-        steady = self._is_steady(call) and not self._offloaded[block.path] and PART_KEY not in values.get(OPTIONS, {})
+        steady = self._is_steady(call) and not self.moves(block) and PART_KEY not in values.get(OPTIONS, {})
         if steady and self.graphs.suit(block, values):
             compute = partial(self.graphs.run, block, compute=compute)
         out = compute(values)

@@ -1,7 +1,19 @@
 """What models look like, as data, and the seam by which a run stands around their calls and blocks."""
 
 from .architecture import Architecture, PerToken, Stack
-from .call import OPTIONS, OVERRIDE, WARM_UP_KEY, ModelCall, Options, Place, Values, first_tensor, pass_by, streams
+from .call import (
+    OPTIONS,
+    OVERRIDE,
+    WARM_UP_KEY,
+    ModelCall,
+    Options,
+    Place,
+    Values,
+    first_tensor,
+    pass_by,
+    passed_by,
+    streams,
+)
 from .families import KNOWN_MODELS
 from .network import Block, Network
 from .seam import Forward, RunBlock, RunModel, Seam, entry_of
@@ -30,6 +42,7 @@ __all__ = [
     "entry_of",
     "first_tensor",
     "pass_by",
+    "passed_by",
     "share",
     "streams",
 ]

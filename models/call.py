@@ -92,6 +92,12 @@ def pass_by(block: Block, values: Values) -> Values:
     return {name: values.get(name) for name in block.stack.outputs}
 
 
+def passed_by(call: ModelCall, block: Block) -> bool:
+    """Whether a block runs not at all: in a warm-up, one that is no more its kind's first."""
+    warmed = call.options.get(WARM_UP_KEY)
+    return warmed is not None and warmed.get(block.kind, block.path) != block.path
+
+
 def streams(value: Any) -> list[Tensor]:
     """Hidden states as (B, S, C), one or several. Some models have the image in more dimensions than that."""
     parts = value if isinstance(value, (tuple, list)) else (value,)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from comfy.model_patcher import ModelPatcher
 
-from ..patchers import TWIN_KEY, is_loaded, keep
+from ..patchers import TWIN_KEY, is_loaded, keep, let_go
 from ..plan import FP8Config
 from ..report import show
 from ..units import bytes_text
@@ -54,6 +54,7 @@ def quantized(source: ModelPatcher, config: FP8Config) -> Iterator[ModelPatcher]
     finally:
         if not is_loaded(twin.model):
             patcher.detach()
+        let_go(patcher)
 
 
 def _twin_of(source: ModelPatcher, layers: dict[str, str]) -> tuple[Twin, bool]:

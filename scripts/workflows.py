@@ -56,7 +56,9 @@ TEMPLATES = {  # by the name of the API prompt
     "hunyuan_video_i2v_fast": Template("Skein - HunyuanVideo fast, image to video", "HunyuanVideo", "image to video"),
     "hunyuan_video_t2v_sparse": Template("Skein - HunyuanVideo fast, sparse attention", "HunyuanVideo"),
     "hunyuan_video_t2v_lora_fast": Template("Skein - HunyuanVideo LoRA, fast", "HunyuanVideo"),
-    "hunyuan_video_t2v_24gb": Template("Skein - HunyuanVideo low VRAM, 24 GB", "HunyuanVideo", note="24 GB"),
+    "hunyuan_video_t2v_low_vram": Template(
+        "Skein - HunyuanVideo low VRAM, 12-24 GB", "HunyuanVideo", note="12 to 24 GB"
+    ),
     "hunyuan_video_t2v_cache": Template("Skein - HunyuanVideo cache only", "HunyuanVideo", note="cache only"),
     "hunyuan_video_t2v_context_parallel": Template("Skein - HunyuanVideo multi GPU", "HunyuanVideo"),
     "hunyuan_video_i2v_context_parallel": Template(

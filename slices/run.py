@@ -32,7 +32,6 @@ from ..models import (
     Values,
     pass_by,
 )
-from ..offloaded import beside
 from ..parallel import Share
 from .layers import after_attention, before_attention
 
@@ -118,7 +117,7 @@ class _Sliced:
         """What the attention is called with, over all tokens (B, H, T + S, D); what the block gave instead."""
         whole: list[Tensor] = []
         mask = None
-        with changed(self._changes(before_attention, self._runs_before)):
+        with changed(before_attention(self.block, self.width)):
             for share, given in self.slices():
                 given[OPTIONS] = {**given[OPTIONS], PART_KEY: BEFORE}
                 taken = run(given)[self.stack.image]
@@ -138,7 +137,7 @@ class _Sliced:
     def after(self, run: RunBlock, attended: Tensor) -> Values:
         """What the block gives back, by the attention's result (B, T + S, C)."""
         stack, whole = self.stack, dict[str, Any]()
-        with changed(self._changes(after_attention, self._runs_after)):
+        with changed(after_attention(self.block, self.width)):
             for share, given in self.slices():
                 text = attended.shape[1] - share.image
                 own = attended.narrow(1, share.start + text, share.count)
@@ -166,16 +165,6 @@ class _Sliced:
         place = whole[name][:, share.start : share.start + share.count]
         if place.data_ptr() != value.data_ptr():
             place.copy_(value)
-
-    def _changes(self, of_part: Callable, runs: Callable[[str], bool]) -> Iterator[tuple[Any, str, Any]]:
-        yield from of_part(self.block, self.width)
-        yield from beside(self.block.module, self.image.device, runs)  # each slice would fetch them again
-
-    def _runs_before(self, layer: str) -> bool:
-        return layer in self.stack.queries or self.block.is_modulation(layer)
-
-    def _runs_after(self, _layer: str) -> bool:
-        return True
 
 
 def even(tokens: int, count: int) -> int:

@@ -24,7 +24,7 @@ FILES = {  # the inputs that name files which are not on this machine; all nodes
     "hunyuan_video_15_t2v_fast": TEXT_TO_VIDEO,
     "hunyuan_video_i2v_context_parallel": IMAGE_TO_VIDEO,
     "hunyuan_video_i2v_fast": IMAGE_TO_VIDEO,
-    "hunyuan_video_t2v_24gb": TEXT_TO_VIDEO,
+    "hunyuan_video_t2v_low_vram": TEXT_TO_VIDEO,
     "hunyuan_video_t2v_cache": TEXT_TO_VIDEO,
     "hunyuan_video_t2v_context_parallel": TEXT_TO_VIDEO,
     "hunyuan_video_t2v_diffusers": [("SkeinLoadDiffusersTransformer", "model_name"), *TWO_ENCODERS, VAE],

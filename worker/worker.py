@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import devices, engine
 from ..estimate import Load, room_bytes
 from ..models import OPTIONS, Network, entry_of, first_tensor
+from ..offloaded import ahead_bytes
 from ..parallel.mesh import Mesh
 from ..patchers import loaded_entries
 from ..plan import Plan
@@ -84,8 +85,9 @@ class Worker:
     def bring(self, latent: Tensor) -> None:
         """Have the model on the device, or as much of it as a call with this latent leaves room for."""
         patcher = self.guider.model_patcher
-        load = Load.of(Network(patcher.model.diffusion_model), latent.shape, latent.element_size())
-        need = room_bytes(load, self.plan, self.mesh.world)
+        network = Network(patcher.model.diffusion_model)
+        load = Load.of(network, latent.shape, latent.element_size())
+        need = room_bytes(load, self.plan, self.mesh.world) + ahead_bytes(network)
         if self.reserved is not None and need <= self.reserved:
             return
         memory.load_models_gpu([patcher], memory_required=need)

@@ -9,10 +9,8 @@ import pytest
 import torch
 from loras import with_lora
 from skein import engine, live
-from skein.attributes import changed
 from skein.bench.errors import relative_error
 from skein.models import Network
-from skein.offloaded import beside
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, SlicesConfig
 from skein.report import recent_runs
 from skein.slices import can_be_sliced
@@ -193,18 +191,6 @@ def test_a_block_whose_attention_does_not_show_runs_whole(monkeypatch):
         live.snapshot()["sampling"]["notes"]["slices"]
         == "single_block 1 runs whole: its attention cannot be told apart"
     )
-
-
-def test_offloaded_weights_are_fetched_once_a_part():
-    """Not once a slice. Here from the CPU to the meta device, which stands for a GPU."""
-    network = Network(HUNYUAN.patcher().model.diffusion_model)
-    block = network.blocks[0]
-
-    layer, other = block.module.img_attn.qkv, block.module.img_mlp[0]
-    weight = layer.weight
-    with changed(beside(block.module, torch.device("meta"), lambda path: path == "img_attn.qkv")):
-        assert layer.weight.is_meta and layer.bias.is_meta and not other.weight.is_meta
-    assert layer.weight is weight and not layer.bias.is_meta
 
 
 def test_a_text_mask_reaches_the_attention_whole():

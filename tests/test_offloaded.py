@@ -1,0 +1,250 @@
+"""Blocks whose weights are not on the device: here the host's memory is PyTorch's meta device, and what is copied from
+there is looked up."""
+
+import threading
+
+import comfy.model_management as memory
+import pytest
+import skein.offloaded
+import torch
+from comfy.patcher_extension import WrappersMP
+from skein import engine, live
+from skein.attributes import changed
+from skein.demo.sampling import sample
+from skein.models import Network
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, SlicesConfig
+from skein.report import recent_runs
+from skein.units import bytes_text
+from torch._dynamo.utils import counters
+
+SMALL = dict(shape=(1, 16, 3, 8, 8), steps=2)
+FP8 = {"fp8": FP8Config(), "attention": AttentionConfig(kernel="stock")}
+COMPILED = {"compile": CompileConfig(warm_up=False)}
+LAST_LAYERS = [
+    "double_blocks.0.txt_mlp.2",
+    "double_blocks.1.txt_mlp.2",
+    "single_blocks.0.linear2",
+    "single_blocks.1.linear2",
+]
+PATHS = ["double_blocks.0", "double_blocks.1", "single_blocks.0", "single_blocks.1"]
+
+
+class Offloading:
+    """A model's blocks are offloaded in each call. log: copies begun, weights that came, and `hooked` layers' blocks
+    as these compute, in their order."""
+
+    def __init__(self, monkeypatch, paths):
+        self.paths, self.log, self.host, self.path_of = paths, [], {}, {}
+        self.hooked, self.fetched = [], []
+        monkeypatch.setattr(skein.offloaded, "copy", self.copy)
+        monkeypatch.setitem(skein.offloaded.COPIES, "cpu", self.copies)
+        begin = skein.offloaded._Coming.begin
+
+        def begin_logged(coming):
+            self.log.extend(["begun"] if coming.pairs and coming._done is None else [])
+            begin(coming)
+
+        monkeypatch.setattr(skein.offloaded._Coming, "begin", begin_logged)
+
+    def copy(self, target, source):
+        self.fetched.append(source)
+        target.copy_(self.host[source])
+
+    def copies(self, _device):
+        log = self.log
+
+        class Copies:
+            def now(self):
+                return "ready"
+
+            def copy(self, pairs, ready):
+                assert ready == "ready"
+                for target, source in pairs:
+                    skein.offloaded.copy(target, source)
+                return "done"
+
+            def wait(self, done):
+                assert done == "done"
+                log.append("came")
+
+        return Copies()
+
+    def put_on(self, patcher):
+        patcher.add_wrapper(WrappersMP.DIFFUSION_MODEL, self)
+        return patcher
+
+    def __call__(self, executor, *args, **kwargs):
+        network = executor.class_obj
+        hooks = [self._hook(path, network.get_submodule(layer)) for path, layer in zip(PATHS, self.hooked)]
+        with changed(self._changes(network)):
+            try:
+                return executor(*args, **kwargs)
+            finally:
+                assert all(w.is_meta for path in self.paths for w in network.get_submodule(path).parameters())
+                for hook in hooks:
+                    hook.remove()
+
+    def _hook(self, path, layer):
+        return layer.register_forward_pre_hook(lambda *_: self.log.append(path))
+
+    def _changes(self, network):
+        for path in self.paths:
+            for layer in network.get_submodule(path).modules():
+                weights = {name: weight for name, weight in layer._parameters.items() if weight is not None}
+                away = {name: torch.nn.Parameter(weight.to("meta"), False) for name, weight in weights.items()}
+                self.host.update({away[name]: weight for name, weight in weights.items()})
+                self.path_of.update(dict.fromkeys(away.values(), path))
+                yield layer, "_parameters", {**layer._parameters, **away}
+
+
+@pytest.fixture
+def offloading(monkeypatch):
+    return Offloading(monkeypatch, PATHS)
+
+
+@pytest.mark.parametrize("plan", [FP8, COMPILED, {**FP8, "slices": SlicesConfig(2)}], ids=["fp8", "compiled", "slices"])
+def test_each_weight_comes_once_a_call(tiny_model, offloading, plan):
+    patcher = engine.edit(tiny_model, **plan)
+    whole = sample(patcher, "a red circle", **SMALL)
+    assert torch.equal(sample(offloading.put_on(patcher), "a red circle", **SMALL), whole)
+    assert len(offloading.fetched) == len(offloading.host) == 2 * len(set(map(id, offloading.host.values())))
+    size = bytes_text(sum(weight.nbytes for weight in offloading.host.values()) / 2)
+    said = live.snapshot()["sampling"]["notes"]["offloaded"]
+    assert said.startswith(f"{size} of the blocks' {size} of weights stay in the host's memory")
+
+
+def test_pinned_weights_come_while_the_block_before_runs(tiny_model, offloading, monkeypatch):
+    monkeypatch.setattr(skein.offloaded._Coming, "quick", True)
+    offloading.hooked = LAST_LAYERS
+    sample(offloading.put_on(engine.edit(tiny_model, **FP8)), "a red circle", **SMALL)
+    one_call = ["begun"]
+    for path in PATHS[:-1]:
+        one_call += ["came", "begun", path]
+    assert offloading.log == 2 * [*one_call, "came", PATHS[-1]]
+
+
+def test_weights_that_are_not_pinned_are_copied_once_the_block_before_has_started(tiny_model, offloading):
+    """Else CUDA would start it when they are there."""
+    offloading.hooked = LAST_LAYERS
+    sample(offloading.put_on(engine.edit(tiny_model, **FP8)), "a red circle", **SMALL)
+    one_call = [each for path in PATHS for each in ("begun", "came", path)]
+    assert offloading.log == 2 * one_call
+
+
+def test_blocks_on_the_device_are_left_alone(tiny_model, offloading):
+    offloading.paths = PATHS[2:3]
+    patcher = engine.edit(tiny_model, **FP8)
+    whole = sample(patcher, "a red circle", **SMALL)
+    assert torch.equal(sample(offloading.put_on(patcher), "a red circle", **SMALL), whole)
+    assert offloading.log == 2 * ["begun", "came"]
+
+
+def test_a_reused_call_has_no_more_than_two_blocks_come(tiny_model, offloading):
+    """The first, by which the cache decides, and the one that was on its way meanwhile."""
+    patcher = engine.edit(tiny_model, cache=CacheConfig(threshold=0.9), **FP8)
+    sample(offloading.put_on(patcher), "a red circle", **{**SMALL, "steps": 6})
+    record = recent_runs()[-1]
+    assert record.reused > 0
+    assert offloading.log.count("begun") == offloading.log.count("came") == 4 * (6 - record.reused) + 2 * record.reused
+
+
+def test_where_memory_is_short_nothing_comes_ahead(tiny_model, offloading, monkeypatch):
+    """Here there is room for the weights of one block."""
+    patcher, empty_like = engine.edit(tiny_model, **FP8), torch.empty_like
+    whole = sample(patcher, "a red circle", **SMALL)
+
+    def in_little_memory(weight, **options):
+        if weight.is_meta and offloading.log[-1:] == ["came"]:  # and the block has not run
+            raise torch.OutOfMemoryError("full")
+        return empty_like(weight, **options)
+
+    monkeypatch.setattr(torch, "empty_like", in_little_memory)
+    offloading.hooked = LAST_LAYERS
+    assert torch.equal(sample(offloading.put_on(patcher), "a red circle", **SMALL), whole)
+    assert offloading.log == 2 * [each for path in PATHS for each in ("begun", "came", path)]
+
+
+def test_an_error_in_the_middle_leaves_nothing(tiny_model, offloading, monkeypatch):
+    patcher = engine.edit(tiny_model, **FP8)
+    whole = sample(patcher, "a red circle", **SMALL)
+
+    def unreadable(target, source):
+        if offloading.path_of[source] == PATHS[2]:
+            raise OSError("the disk is gone")
+        offloading.copy(target, source)
+
+    offloaded = offloading.put_on(patcher)
+    with monkeypatch.context() as for_now:
+        for_now.setattr(skein.offloaded, "copy", unreadable)
+        with pytest.raises(OSError, match="the disk is gone"):
+            sample(offloaded, "a red circle", **SMALL)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("skein-weights")]
+
+    def stop(step, *_):
+        raise KeyError(step)
+
+    with pytest.raises(KeyError):
+        sample(offloaded, "a red circle", **SMALL, callback=stop)
+    offloading.log.clear()
+    assert torch.equal(sample(offloaded, "a red circle", **SMALL), whole)
+    assert offloading.log.count("begun") == offloading.log.count("came") == 8
+
+
+def test_comfyui_keeps_room_for_two_blocks_during_the_run_only(tiny_model):
+    model, asked = tiny_model.model, []
+    before = model.memory_required(SMALL["shape"])
+
+    def look(executor, *args, **kwargs):
+        asked.append(model.memory_required(SMALL["shape"], cond_shapes={}))
+        return executor(*args, **kwargs)
+
+    patcher = engine.edit(tiny_model, **COMPILED)
+    patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "look", look)
+    sample(patcher, "a red circle", **SMALL)
+    blocks = [sum(w.nbytes for w in each.module.parameters()) for each in Network(model.diffusion_model).blocks]
+    assert asked == [before + 2 * max(blocks)] and model.memory_required(SMALL["shape"]) == before
+
+
+def test_partly_loaded_by_comfyui_blocks_make_no_other_graph(tiny_model, monkeypatch):
+    """ComfyUI marks the layers that it leaves off the device, and these then cast their weights in each call."""
+    patcher = engine.edit(tiny_model, attention=AttentionConfig(), **COMPILED)
+    whole, graphs = sample(patcher, "a red circle", **SMALL), counters["stats"]["unique_graphs"]
+    for part in (0.7, 0.3, 0.01):
+        patcher.detach()
+        patcher.partially_load(torch.device("cpu"), int(patcher.model_size() * part))
+        assert patcher.model.model_lowvram
+        with monkeypatch.context() as as_it_is:
+            as_it_is.setattr(memory, "load_models_gpu", lambda *a, **k: None)
+            assert torch.equal(sample(patcher, "a red circle", **SMALL), whole)
+    patcher.detach()
+    assert torch.equal(sample(patcher, "a red circle", **SMALL), whole)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_what_comfyui_has_pinned_stays_pinned_between_runs(tiny_model, monkeypatch):
+    """Until the model goes off the device."""
+    pinned, begun = set(), []
+
+    def pin(weight):
+        pinned.add(weight.data_ptr())
+        return True
+
+    def load(models, **options):
+        begun.append(len(pinned))
+        for patcher in models:
+            if not any(patcher.is_clone(entry.model) for entry in memory.current_loaded_models):
+                memory.current_loaded_models.insert(0, memory.LoadedModel(patcher))
+                memory.current_loaded_models[0].model_load(patcher.model_size() // 3)
+
+    monkeypatch.setattr(memory, "pin_memory", pin)
+    monkeypatch.setattr(memory, "unpin_memory", lambda weight: pinned.discard(weight.data_ptr()))
+    patcher = engine.edit(tiny_model, **FP8)
+    sample(patcher, "a red circle", **SMALL)
+    memory.unload_all_models()
+    with monkeypatch.context() as partly:
+        partly.setattr(memory, "load_models_gpu", load)
+        whole = sample(patcher, "a red circle", **SMALL)
+        assert torch.equal(sample(patcher, "a red circle", **SMALL), whole)
+    assert begun[0] == 0 and begun[1] > 0 and len(pinned) == begun[1]
+    memory.unload_all_models()
+    assert not pinned
