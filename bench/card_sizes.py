@@ -9,9 +9,9 @@ weights that come from the host at so many GB a second (each is copied so many t
 cards on which they come when a block needs them, too, and not ahead, by the slowest link. --blocks-whole: cards on
 which blocks run whole, too, and not in slices; --stock: on which ComfyUI samples alone, too. --decode: the result is
 decoded, too, by a random VAE of true size.
-Each row: seconds a step and of the whole run, peaks of tensors and of what the allocator kept with a CUDA context, the
-weights that stay on the card, what ComfyUI has pinned meanwhile, the host's memory, the relative difference to the
-whole card's result. Ends with one JSON line.
+Each row: seconds a step and of the whole run, peaks of tensors and of what the allocator kept with a CUDA context, what
+Skein expects of tensors, the weights that stay on the card, what ComfyUI has pinned meanwhile, the host's memory, the
+relative difference to the whole card's result. Ends with one JSON line.
 """
 
 import argparse
@@ -47,6 +47,9 @@ from skein.bench.scaling import host_gib  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.bench.vae import random_vae  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
+from skein.estimate import work_bytes  # noqa: E402
+from skein.footprint import coming_bytes, load_of, weight_bytes, with_slices  # noqa: E402
+from skein.models import Network  # noqa: E402
 from skein.out_of_memory import is_out_of_memory  # noqa: E402
 from skein.plan import AttentionConfig, CompileConfig, DecodeConfig, FP8Config, Plan, SlicesConfig  # noqa: E402
 from skein.vae.decode import decode  # noqa: E402
@@ -54,6 +57,7 @@ from skein.vae.decode import decode  # noqa: E402
 TEXT = 60
 FAST = Plan(attention=AttentionConfig(), fp8=FP8Config(), compile=CompileConfig())
 BLOCKS_WHOLE = replace(FAST, slices=SlicesConfig(1))
+PLANS = {"skein": FAST, "when needed": FAST, "blocks whole": BLOCKS_WHOLE}
 COPIED = 1 << 30  # bytes, to measure the link by
 
 
@@ -116,6 +120,8 @@ def measured(
             "weights_on_card_gb": torch.cuda.memory_allocated() / 1e9,
             **host_gib([os.getpid()]),
         }
+        if name in PLANS:
+            row["estimate_gb"] = row["weights_on_card_gb"] + estimated(PLANS[name], model, arguments["latent"]) / 1e9
         if vae is not None:
             row |= decoded(vae, out, by_skein=name != "stock")
     return row, out
@@ -137,6 +143,17 @@ def stepped(model, arguments: dict) -> tuple[torch.Tensor, dict]:
     out = sample(model, models.conditioning(TEXT), callback=step_ended, **arguments)
     step_s = (ended[-1] - ended[0]) / (len(ended) - 1)
     return out, {"step_s": step_s, "run_s": time.perf_counter() - started, "pinned_gb": max(pinned) / 1e9}
+
+
+def estimated(plan: Plan, patcher, latent: torch.Tensor) -> float:
+    """Bytes that Skein expects a run to take of the card, beside the weights that stay there."""
+    plan = with_slices(plan, patcher, latent.shape)
+    load = load_of(patcher, latent.shape)
+    assert load is not None
+    spare = memory.get_free_memory(patcher.load_device) - work_bytes(load, plan)
+    weights = weight_bytes(patcher.model, plan) - torch.cuda.memory_allocated()
+    coming = coming_bytes(patcher.model, Network(patcher.model.diffusion_model), plan) if weights > spare else 0
+    return work_bytes(load, plan) + coming
 
 
 def decoded(vae: comfy.sd.VAE, latent: torch.Tensor, by_skein: bool) -> dict:
@@ -195,9 +212,7 @@ def main() -> None:
             models.random_checkpoint(folder, models.hunyuan_video(options.double, options.single))
         )
         paths = {
-            "skein": engine.edit(model, **vars(FAST)),
-            "when needed": engine.edit(model, **vars(FAST)),
-            "blocks whole": engine.edit(model, **vars(BLOCKS_WHOLE)),
+            **{name: engine.edit(model, **vars(plan)) for name, plan in PLANS.items()},
             "stock": model,
         }
         vae = random_vae("HunyuanVideo") if options.decode else None

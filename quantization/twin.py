@@ -75,6 +75,7 @@ class Twin:
             memory.throw_exception_if_processing_interrupted()
             layer = self.model.get_submodule(name)
             assert isinstance(layer, QuantizedLinear)
+            self.root.unpin_weight(f"{name}.bias")  # another takes its place; the weight is written into
             layer.replace(*merged_weights(source, name))
             self.merged[name] = _patches(source, name)
         return len(changed)

@@ -21,7 +21,7 @@ ATTRIBUTES = {
         cached_patcher_init force_cast_weights weight_inplace_update clone is_clone get_clone_model_override
         get_model_object get_attachment set_attachments get_additional_models_with_key add_wrapper_with_key
         add_callback_with_key patch_weight_to_device partially_load partially_unload loaded_size model_size pre_run
-        cleanup detach set_model_compute_dtype get_free_memory is_dynamic weight_wrapper_patches pinned""",
+        cleanup detach set_model_compute_dtype get_free_memory is_dynamic weight_wrapper_patches pinned unpin_weight""",
     "BaseModel": """diffusion_model model_sampling device current_patcher memory_required get_dtype
         get_dtype_inference manual_cast_dtype""",
     "LoadedModel": "model device model_loaded_memory",

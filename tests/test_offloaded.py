@@ -8,6 +8,7 @@ import pytest
 import skein.offloaded
 import torch
 from comfy.patcher_extension import WrappersMP
+from loras import with_lora
 from skein import engine, live
 from skein.attributes import changed
 from skein.demo.sampling import sample
@@ -222,8 +223,8 @@ def test_partly_loaded_by_comfyui_blocks_make_no_other_graph(tiny_model, monkeyp
 
 
 def test_what_comfyui_has_pinned_stays_pinned_between_runs(tiny_model, monkeypatch):
-    """Until the model goes off the device."""
-    pinned, begun = set(), []
+    """Until the model goes off the device, or its weights are others."""
+    pinned, begun, layers = set(), [], [f"diffusion_model.{layer}" for layer in LAST_LAYERS]
 
     def pin(weight):
         pinned.add(weight.data_ptr())
@@ -245,6 +246,7 @@ def test_what_comfyui_has_pinned_stays_pinned_between_runs(tiny_model, monkeypat
         partly.setattr(memory, "load_models_gpu", load)
         whole = sample(patcher, "a red circle", **SMALL)
         assert torch.equal(sample(patcher, "a red circle", **SMALL), whole)
-    assert begun[0] == 0 and begun[1] > 0 and len(pinned) == begun[1]
+        assert begun[0] == 0 and begun[1] > 0 and len(pinned) == begun[1]
+        sample(engine.edit(with_lora(tiny_model, 1.0, layers, bias=True), **FP8), "a red circle", **SMALL)
     memory.unload_all_models()
     assert not pinned
