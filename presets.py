@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import conflicts, needs
-from .estimate import advice
-from .footprint import expected_bytes, load_of, usable_bytes, with_slices, world_of
+from .estimate import room_bytes
+from .footprint import coming_bytes, expected_bytes, load_of, usable_bytes, with_slices, world_of
 from .models import Network
 from .patchers import own_network
 from .plan import (
@@ -107,11 +107,14 @@ class Case:
         need = expected_bytes(with_slices(plan, self.patcher, self.latent), self.patcher, self.latent)
         return need is None or need <= self.usable
 
-    def fits_without_weights(self, plan: Plan) -> bool:
+    def has_room(self, plan: Plan) -> bool:
         """Whether each device has room for a run under a plan, be the weights wherever they are."""
         load = load_of(self.patcher, self.latent)
+        if load is None:
+            return True
         plan = with_slices(plan, self.patcher, self.latent)
-        return load is None or not advice(load, plan, self.usable, world_of(plan))
+        coming = coming_bytes(self.patcher.model, self.network, plan)
+        return room_bytes(load, plan, world_of(plan)) + coming <= self.usable
 
 
 def _refused(plan: Plan, name: str, guider: Any) -> str | None:
@@ -169,14 +172,16 @@ ORDER: dict[str, Callable[[Case, Plan], str | None]] = {
 
 
 def fit_cache(choice: Choice, case: Case) -> None:
-    """Have the cache keep as many calls as fit beside the model. Or the last one alone, where that fits without the
-    model: it saves more time than the weights cost that it takes the place of."""
+    """Have the cache keep as many calls as fit: beside the model, or without it where weights come while blocks run
+    (offloaded.py), which costs no time. Or the last one alone, where that fits without the model: it saves more time
+    than the weights cost that it takes the place of."""
     assert choice.plan.cache is not None
+    weights_come = choice.plan.fp8 is not None or choice.plan.compile is not None
     for order in (2, 1, 0):
         choice.plan = replace(choice.plan, cache=replace(choice.plan.cache, order=order))
-        if case.fits(choice.plan):
+        if case.has_room(choice.plan) if weights_come else case.fits(choice.plan):
             return
-    if not case.fits_without_weights(choice.plan):
+    if not case.has_room(choice.plan):
         choice.plan = replace(choice.plan, cache=None)
         choice.left_out["cache"] = "there is not enough memory for it at this size."
 

@@ -8,7 +8,9 @@ from comfy.patcher_extension import WrappersMP
 from skein import engine, pace, presets
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
-from skein.footprint import expected_bytes
+from skein.estimate import Load, room_bytes
+from skein.footprint import coming_bytes, expected_bytes
+from skein.models import Network
 from skein.plan import (
     AttentionConfig,
     CacheConfig,
@@ -153,6 +155,20 @@ def test_the_cache_keeps_what_fits_beside_blocks_in_slices(tiny_model, monkeypat
     monkeypatch.setattr("comfy.model_management.get_total_memory", lambda device: needs[0] / 2)
     choice = chosen(sped_up(tiny_model), latent)
     assert choice.plan.cache is None and "not enough memory" in choice.left_out["cache"]
+
+
+def test_weights_that_come_while_blocks_run_take_nothing_from_the_cache(tiny_model, monkeypatch):
+    """With FP8 the cache keeps what fits without the model, in slices if need be."""
+    latent, network = (1, 16, 33, 90, 160), Network(tiny_model.model.diffusion_model)
+    load = Load.of(network, latent, size=4)
+    for order in (0, 1, 2):
+        plan = Plan(CacheConfig(0.06, order=order), AttentionConfig(), FP8Config(), slices=SlicesConfig(16))
+        need = room_bytes(load, plan) + coming_bytes(tiny_model.model, network, plan) + 1
+        monkeypatch.setattr("comfy.model_management.get_total_memory", lambda device, need=need: need)
+        plan = chosen(sped_up(tiny_model, "low memory"), latent).plan
+        assert plan.fp8 is not None and plan.cache.order == order
+    monkeypatch.setattr("comfy.model_management.get_total_memory", lambda device: need / 3)
+    assert chosen(sped_up(tiny_model, "low memory"), latent).plan.cache is None
 
 
 def test_a_latent_whose_size_is_not_known_is_taken_for_one_that_fits(tiny_model, monkeypatch):

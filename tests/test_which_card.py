@@ -8,4 +8,4 @@ def test_readme_has_the_table_as_it_is_estimated_now():
     rows = which_card.all_rows()
     assert which_card.table(rows) in (ROOT / "README.md").read_text(), which_card.table(rows)
     largest = {row["card_gib"]: row for row in rows[: len(which_card.CARDS)]}
-    assert largest[12]["slices"] > 1 == largest[16]["slices"] and largest[24]["off_card_gb"] > 0
+    assert largest[16]["slices"] > 1 == largest[24]["slices"] and largest[24]["off_card_gb"] > 0
