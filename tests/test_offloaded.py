@@ -1,5 +1,4 @@
-"""Blocks whose weights are not on the device: here the host's memory is PyTorch's meta device, and what is copied from
-there is looked up."""
+"""Blocks whose weights are not on the device (offloading.py)."""
 
 import threading
 
@@ -9,8 +8,8 @@ import skein.offloaded
 import torch
 from comfy.patcher_extension import WrappersMP
 from loras import with_lora
+from offloading import Offloading
 from skein import engine, live
-from skein.attributes import changed
 from skein.demo.sampling import sample
 from skein.models import Network
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, SlicesConfig
@@ -30,77 +29,9 @@ LAST_LAYERS = [
 PATHS = ["double_blocks.0", "double_blocks.1", "single_blocks.0", "single_blocks.1"]
 
 
-class Offloading:
-    """A model's blocks are offloaded in each call. log: copies begun, weights that came, and `hooked` layers' blocks
-    as these compute, in their order."""
-
-    def __init__(self, monkeypatch, paths):
-        self.paths, self.log, self.host, self.path_of = paths, [], {}, {}
-        self.hooked, self.fetched = [], []
-        monkeypatch.setattr(skein.offloaded, "copy", self.copy)
-        monkeypatch.setitem(skein.offloaded.COPIES, "cpu", self.copies)
-        begin = skein.offloaded._Coming.begin
-
-        def begin_logged(coming):
-            self.log.extend(["begun"] if coming.pairs and coming._done is None else [])
-            begin(coming)
-
-        monkeypatch.setattr(skein.offloaded._Coming, "begin", begin_logged)
-
-    def copy(self, target, source):
-        self.fetched.append(source)
-        target.copy_(self.host[source])
-
-    def copies(self, _device):
-        log = self.log
-
-        class Copies:
-            def now(self):
-                return "ready"
-
-            def copy(self, pairs, ready):
-                assert ready == "ready"
-                for target, source in pairs:
-                    skein.offloaded.copy(target, source)
-                return "done"
-
-            def wait(self, done):
-                assert done == "done"
-                log.append("came")
-
-        return Copies()
-
-    def put_on(self, patcher):
-        patcher.add_wrapper(WrappersMP.DIFFUSION_MODEL, self)
-        return patcher
-
-    def __call__(self, executor, *args, **kwargs):
-        network = executor.class_obj
-        hooks = [self._hook(path, network.get_submodule(layer)) for path, layer in zip(PATHS, self.hooked)]
-        with changed(self._changes(network)):
-            try:
-                return executor(*args, **kwargs)
-            finally:
-                assert all(w.is_meta for path in self.paths for w in network.get_submodule(path).parameters())
-                for hook in hooks:
-                    hook.remove()
-
-    def _hook(self, path, layer):
-        return layer.register_forward_pre_hook(lambda *_: self.log.append(path))
-
-    def _changes(self, network):
-        for path in self.paths:
-            for layer in network.get_submodule(path).modules():
-                weights = {name: weight for name, weight in layer._parameters.items() if weight is not None}
-                away = {name: torch.nn.Parameter(weight.to("meta"), False) for name, weight in weights.items()}
-                self.host.update({away[name]: weight for name, weight in weights.items()})
-                self.path_of.update(dict.fromkeys(away.values(), path))
-                yield layer, "_parameters", {**layer._parameters, **away}
-
-
 @pytest.fixture
 def offloading(monkeypatch):
-    return Offloading(monkeypatch, PATHS)
+    return Offloading(monkeypatch)
 
 
 @pytest.mark.parametrize("plan", [FP8, COMPILED, {**FP8, "slices": SlicesConfig(2)}], ids=["fp8", "compiled", "slices"])
@@ -116,7 +47,7 @@ def test_each_weight_comes_once_a_call(tiny_model, offloading, plan):
 
 def test_pinned_weights_come_while_the_block_before_runs(tiny_model, offloading, monkeypatch):
     monkeypatch.setattr(skein.offloaded._Coming, "quick", True)
-    offloading.hooked = LAST_LAYERS
+    offloading.hooked = dict(zip(PATHS, LAST_LAYERS))
     sample(offloading.put_on(engine.edit(tiny_model, **FP8)), "a red circle", **SMALL)
     one_call = ["begun"]
     for path in PATHS[:-1]:
@@ -126,7 +57,7 @@ def test_pinned_weights_come_while_the_block_before_runs(tiny_model, offloading,
 
 def test_weights_that_are_not_pinned_are_copied_once_the_block_before_has_started(tiny_model, offloading):
     """Else CUDA would start it when they are there."""
-    offloading.hooked = LAST_LAYERS
+    offloading.hooked = dict(zip(PATHS, LAST_LAYERS))
     sample(offloading.put_on(engine.edit(tiny_model, **FP8)), "a red circle", **SMALL)
     one_call = [each for path in PATHS for each in ("begun", "came", path)]
     assert offloading.log == 2 * one_call
@@ -160,7 +91,7 @@ def test_where_memory_is_short_nothing_comes_ahead(tiny_model, offloading, monke
         return empty_like(weight, **options)
 
     monkeypatch.setattr(torch, "empty_like", in_little_memory)
-    offloading.hooked = LAST_LAYERS
+    offloading.hooked = dict(zip(PATHS, LAST_LAYERS))
     assert torch.equal(sample(offloading.put_on(patcher), "a red circle", **SMALL), whole)
     assert offloading.log == 2 * [each for path in PATHS for each in ("begun", "came", path)]
 

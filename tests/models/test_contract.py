@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from offloading import Offloading
 from skein import engine, live
 from skein.attention.sparse import plain, selection
 from skein.attention.sparse import run as sparse_run
@@ -173,6 +174,14 @@ def test_blocks_as_cuda_graphs_compute_the_same(model, recorder):
     out = sample(model.case, engine.edit(model.patcher, compile=CompileConfig()), steps=3)
     assert relative_error(out, sample(model.case, model.patcher, steps=3)) <= BOUNDS["compile"]
     assert ("replay" in recorder.calls) == (model.name not in NOT_RECORDED)
+
+
+def test_weights_off_the_device_come_for_each_block(model, monkeypatch):
+    patcher = engine.edit(model.patcher, fp8=FP8Config())
+    whole = sample(model.case, patcher)
+    offloading = Offloading(monkeypatch)
+    assert torch.equal(sample(model.case, offloading.put_on(patcher)), whole)
+    assert offloading.fetched and offloading.log.count("begun") == offloading.log.count("came")
 
 
 def test_a_reused_call_is_what_a_computed_one_would_be(model):
