@@ -7,6 +7,7 @@ what it has not, after that, because CUDA starts no kernels while it copies such
 that computes: that waits for the copies before it reads them, or gives their memory to others.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -22,14 +23,14 @@ from .out_of_memory import is_out_of_memory
 from .quantization import is_plain
 from .units import bytes_text
 
+logger = logging.getLogger("skein")
+
 # Of ComfyUI's layers: whether they cast their weights in each call; and that, as it was before they were left off the
 # device, where they are.
 CASTS, CAST = "comfy_cast_weights", "prev_comfy_cast_weights"
 Parameters = dict[str, nn.Parameter | None]  # of one layer
 
-COMES = (
-    "{} of the blocks' {} of weights stay in the host's memory and are copied to the GPU block by block, in each call"
-)
+COMES = "{} of the blocks' {} of weights stay in the computer's memory; each block's come while the one before it runs"
 
 
 class CudaCopies:
@@ -152,7 +153,9 @@ class OffloadedBlocks:
         size = sum(weight.nbytes for weight in away if weight.device != device)
         if size:
             whole = sum(weight.nbytes for each in call.network.blocks for weight in each.module.parameters())
-            self.say(COMES.format(bytes_text(size), bytes_text(whole)))
+            text = COMES.format(bytes_text(size), bytes_text(whole))
+            logger.info("Skein: %s", text)
+            self.say(text)
 
 
 class _Coming:

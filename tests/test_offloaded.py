@@ -42,7 +42,7 @@ def test_each_weight_comes_once_a_call(tiny_model, offloading, plan):
     assert len(offloading.fetched) == len(offloading.host) == 2 * len(set(map(id, offloading.host.values())))
     size = bytes_text(sum(weight.nbytes for weight in offloading.host.values()) / 2)
     said = live.snapshot()["sampling"]["notes"]["offloaded"]
-    assert said.startswith(f"{size} of the blocks' {size} of weights stay in the host's memory")
+    assert said.startswith(f"{size} of the blocks' {size} of weights stay in the computer's memory")
 
 
 def test_pinned_weights_come_while_the_block_before_runs(tiny_model, offloading, monkeypatch):

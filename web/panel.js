@@ -18,6 +18,8 @@ const TECHNIQUES = {
   fp8: "FP8 Quantize",
   compile: "Compile Blocks",
   parallel: "Context Parallel",
+  slices: "Blocks in Slices",
+  offloaded: "Weights",
   memory: "Memory",
 };
 
