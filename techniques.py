@@ -160,14 +160,14 @@ def _fetching(run: Sampling) -> Iterator[None]:
     """Weights that ComfyUI has left off the device, brought to it block by block, where blocks do not run as ComfyUI
     has them run."""
     plan, model = run.plan, run.guider.model_patcher.model
-    own = model.memory_required
     if plan.fp8 is None and plan.compile is None and "slices" not in plan.techniques:
         yield
         return
+    required = partial(_memory_required, model, plan, model.memory_required)
     run.offloaded = OffloadedBlocks(partial(note, "offloaded"))
     run.seam.models.append(run.offloaded.around_model)
     run.seam.blocks.append(run.offloaded.around_block)
-    with run.offloaded.on(), changed([(model, "memory_required", partial(_memory_required, model, plan, own))]):
+    with run.offloaded.on(), changed([(model, "memory_required", required)]):
         yield
 
 
@@ -177,13 +177,10 @@ def _memory_required(
     """A model's memory_required, by which ComfyUI leaves weights off the device: its own knows neither of slices nor of
     weights that come ahead."""
     network = Network(model.diffusion_model)
-    if (
-        "slices" in plan.techniques and len(input_shape) >= 4
-    ):  # of several latents packed into one the shape says nothing
-        need = room_bytes(Load.of(network, input_shape, model.get_dtype_inference().itemsize), plan)
-    else:
-        need = own(input_shape, *conds, **named)
-    return need + ahead_bytes(network)
+    # Of several latents packed into one the shape says nothing.
+    if "slices" not in plan.techniques or len(input_shape) < 4:
+        return own(input_shape, *conds, **named) + ahead_bytes(network)
+    return room_bytes(Load.of(network, input_shape, model.get_dtype_inference().itemsize), plan) + ahead_bytes(network)
 
 
 @contextmanager

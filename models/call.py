@@ -93,7 +93,7 @@ def pass_by(block: Block, values: Values) -> Values:
 
 
 def passed_by(call: ModelCall, block: Block) -> bool:
-    """Whether a block runs not at all: in a warm-up, one that is no more its kind's first."""
+    """Whether a block does not run: in a warm-up, one that is not the first of its kind."""
     warmed = call.options.get(WARM_UP_KEY)
     return warmed is not None and warmed.get(block.kind, block.path) != block.path
 
