@@ -51,7 +51,7 @@ def weight_bytes(model: nn.Module, plan: Plan) -> float:
 
 def coming_bytes(model: nn.Module, network: Network, plan: Plan) -> float:
     """Bytes of blocks' weights that are on a device at once where all of them come from the host's memory."""
-    if plan.fp8 is None and plan.compile is None:
+    if not plan.loads_plainly:
         return 0
     return ahead_bytes(network) * weight_bytes(model, plan) / memory.module_size(model)
 

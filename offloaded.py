@@ -3,8 +3,8 @@ block before it runs.
 
 The copies are made by a thread, on a stream of their own. So neither the host nor the device waits for them, as long as
 a block computes for longer than its weights travel. What ComfyUI has pinned is sent off before the block is started;
-what it has not, after that, because CUDA starts no kernels while it copies such memory. All memory is of the stream
-that computes: that waits for the copies before it reads them, or gives their memory to others.
+what it has not, after that, because CUDA may make such copies at once and hold up who starts kernels meanwhile. All
+memory is of the stream that computes: that waits for the copies before it reads them, or gives their memory to others.
 """
 
 import logging

@@ -369,6 +369,12 @@ class Plan:
             off.append("slices")
         return [name for name in asked if name not in off]
 
+    @property
+    def loads_plainly(self) -> bool:
+        """Whether the model is loaded without ComfyUI's dynamic VRAM, with which FP8 and compiled blocks cannot work:
+        weights that do not fit come block by block then (offloaded.py)."""
+        return self.fp8 is not None or self.compile is not None
+
 
 def _check_range(start_percent: float, end_percent: float) -> None:
     if not (0 <= start_percent <= 1 and 0 <= end_percent <= 1):

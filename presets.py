@@ -116,6 +116,10 @@ class Case:
         coming = coming_bytes(self.patcher.model, self.network, plan)
         return room_bytes(load, plan, world_of(plan)) + coming <= self.usable
 
+    def weights_come(self, plan: Plan) -> bool:
+        """Whether weights that do not fit come while blocks run: not those in ComfyUI's quantized forms."""
+        return plan.loads_plainly and not is_quantized(self.patcher.model)
+
 
 def _refused(plan: Plan, name: str, guider: Any) -> str | None:
     """Why a technique's own node would refuse this model or machine; None if it would not."""
@@ -176,10 +180,10 @@ def fit_cache(choice: Choice, case: Case) -> None:
     (offloaded.py), which costs no time. Or the last one alone, where that fits without the model: it saves more time
     than the weights cost that it takes the place of."""
     assert choice.plan.cache is not None
-    weights_come = choice.plan.fp8 is not None or choice.plan.compile is not None
+    enough = case.has_room if case.weights_come(choice.plan) else case.fits
     for order in (2, 1, 0):
         choice.plan = replace(choice.plan, cache=replace(choice.plan.cache, order=order))
-        if case.has_room(choice.plan) if weights_come else case.fits(choice.plan):
+        if enough(choice.plan):
             return
     if not case.has_room(choice.plan):
         choice.plan = replace(choice.plan, cache=None)

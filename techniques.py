@@ -73,8 +73,8 @@ def delegating(run: Sampling) -> Iterator[None]:
 
 @contextmanager
 def _loading_plainly(run: Sampling) -> Iterator[None]:
-    """The model loaded without ComfyUI's dynamic VRAM, with which FP8 and compiled blocks cannot work."""
-    with nullcontext() if run.plan.fp8 is None and run.plan.compile is None else plain(run.guider):
+    """The model loaded without ComfyUI's dynamic VRAM, where that cannot work."""
+    with plain(run.guider) if run.plan.loads_plainly else nullcontext():
         yield
 
 
@@ -160,7 +160,7 @@ def _fetching(run: Sampling) -> Iterator[None]:
     """Weights that ComfyUI has left off the device, brought to it block by block, where blocks do not run as ComfyUI
     has them run."""
     plan, model = run.plan, run.guider.model_patcher.model
-    if plan.fp8 is None and plan.compile is None and "slices" not in plan.techniques:
+    if not plan.loads_plainly and "slices" not in plan.techniques:
         yield
         return
     required = partial(_memory_required, model, plan, model.memory_required)

@@ -28,6 +28,7 @@ from ..models import (
     Stack,
     Values,
     pass_by,
+    passed_by,
 )
 from ..out_of_memory import is_out_of_memory
 from ..plan import CompileConfig
@@ -123,8 +124,9 @@ class CompiledBlocks:
     def around_block(self, call: ModelCall, block: Block, values: Values, run: RunBlock) -> Values:
         """The block compiled, or as it is where that fails."""
         assert isinstance(run, Forward)
-        warmed = call.options.get(WARM_UP_KEY)
-        if warmed is not None and warmed.setdefault(block.kind, block.path) != block.path:
+        if WARM_UP_KEY in call.options:
+            call.options[WARM_UP_KEY].setdefault(block.kind, block.path)
+        if passed_by(call, block):
             return pass_by(block, values)
         if not self.failed and not self._patches_as_it_runs(block):
             enter_block(values.get(OPTIONS) or call.options)

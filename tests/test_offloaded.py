@@ -56,7 +56,7 @@ def test_pinned_weights_come_while_the_block_before_runs(tiny_model, offloading,
 
 
 def test_weights_that_are_not_pinned_are_copied_once_the_block_before_has_started(tiny_model, offloading):
-    """Else CUDA would start it when they are there."""
+    """CUDA may make such copies at once, and start the block after them."""
     offloading.hooked = dict(zip(PATHS, LAST_LAYERS))
     sample(offloading.put_on(engine.edit(tiny_model, **FP8)), "a red circle", **SMALL)
     one_call = [each for path in PATHS for each in ("begun", "came", path)]

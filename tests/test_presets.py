@@ -14,6 +14,7 @@ from skein.models import Network
 from skein.plan import (
     AttentionConfig,
     CacheConfig,
+    CompileConfig,
     FP8Config,
     ParallelConfig,
     Plan,
@@ -169,6 +170,13 @@ def test_weights_that_come_while_blocks_run_take_nothing_from_the_cache(tiny_mod
         assert plan.fp8 is not None and plan.cache.order == order
     monkeypatch.setattr("comfy.model_management.get_total_memory", lambda device: need / 3)
     assert chosen(sped_up(tiny_model, "low memory"), latent).plan.cache is None
+
+
+def test_weights_in_comfyuis_quantized_forms_do_not_come_while_blocks_run(tiny_model, monkeypatch):
+    case, compiled = presets.Case(PresetConfig(), tiny_model, SMALL["shape"]), Plan(compile=CompileConfig())
+    assert case.weights_come(compiled) and not case.weights_come(Plan(attention=AttentionConfig()))
+    monkeypatch.setattr(presets, "is_quantized", lambda model: True)
+    assert not case.weights_come(compiled)
 
 
 def test_a_latent_whose_size_is_not_known_is_taken_for_one_that_fits(tiny_model, monkeypatch):

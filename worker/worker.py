@@ -87,7 +87,7 @@ class Worker:
         patcher = self.guider.model_patcher
         network = Network(patcher.model.diffusion_model)
         load = Load.of(network, latent.shape, latent.element_size())
-        need = room_bytes(load, self.plan, self.mesh.world) + ahead_bytes(network)
+        need = room_bytes(load, self.plan, self.mesh.world) + (ahead_bytes(network) if self.plan.loads_plainly else 0)
         if self.reserved is not None and need <= self.reserved:
             return
         memory.load_models_gpu([patcher], memory_required=need)

@@ -15,12 +15,13 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 from loras import with_lora
+from offloading import Offloading
 from skein import engine
 from skein.bench.errors import relative_error
 from skein.compilation.blocks import CompiledBlocks
 from skein.demo.sampling import sample
 from skein.models import Forward, ModelCall, Network
-from skein.plan import AttentionConfig, CacheConfig, CompileConfig
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config
 from skein.report import recent_runs
 from small_models import random_hunyuan_video
 from torch._dynamo.utils import counters
@@ -236,15 +237,17 @@ def test_blocks_whose_lora_is_put_on_as_they_run_are_not_compiled(tiny_model, mo
     assert compilations.new() <= 2 and "blocks that are not wholly on the GPU run uncompiled" in caplog.text
 
 
-def test_blocks_whose_weights_come_and_go_are_not_recorded(tiny_model, monkeypatch, recorder):
-    """A CUDA graph reads weights where they were."""
-    whole = sample(engine.edit(tiny_model, compile=COMPILED), "a red circle", **SMALL)
+@pytest.mark.parametrize("fp8", [{}, {"fp8": FP8Config()}], ids=["", "fp8"])
+def test_blocks_whose_weights_come_and_go_are_not_recorded(tiny_model, monkeypatch, recorder, fp8):
+    """A CUDA graph reads weights where they were. Nor are they compiled anew."""
+    compiled = engine.edit(tiny_model, compile=CompileConfig(warm_up=False), **fp8)
+    whole, compilations = sample(compiled, "a red circle", **SMALL), Compilations()
     assert recorder.calls.count("record") == 4
     recorder.calls.clear()
-    came = {"double_blocks.1", "single_blocks.0"}
-    monkeypatch.setattr("skein.offloaded.OffloadedBlocks.came", lambda self, block: block.path in came)
-    assert torch.equal(sample(engine.edit(tiny_model, compile=COMPILED), "a red circle", **SMALL), whole)
-    assert recorder.calls.count("record") == 2
+    offloading = Offloading(monkeypatch)
+    offloading.paths = ["double_blocks.1", "single_blocks.0"]
+    assert torch.equal(sample(offloading.put_on(compiled), "a red circle", **SMALL), whole)
+    assert recorder.calls.count("record") == 2 and compilations.new() == 0
 
 
 def test_undo_is_exact_also_after_an_exception(tiny_model):
