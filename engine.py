@@ -6,7 +6,7 @@ puts the old options back when sampling ends, however it ends. Nothing outlives 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,12 @@ from .estimate import advice, work_bytes
 from .footprint import load_of, usable_bytes, with_slices, world_of
 from .latents import some_values
 from .models import Network, Seam
+from .out_of_memory import is_out_of_memory
 from .pace import followed
 from .parallel import Mesh
 from .patchers import PLAIN_KEY, TWIN_KEY, keep, own_network, take_off_others
-from .plan import MODEL_DEFAULT, PLAN_KEY, Plan
-from .presets import resolve, wanted
+from .plan import MODEL_DEFAULT, PLAN_KEY, Plan, PresetConfig
+from .presets import Choice, resolve, wanted
 from .quantization import is_quantized
 from .report import note
 from .techniques import TECHNIQUES, Sampling, delegating, evaluations
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("skein")
 
+AGAIN = "memory ran out; the sampling begins again, with blocks in slices of tokens"
 SLICED = "Blocks in {} slices of tokens: {} instead of {} of working memory"
 
 
@@ -88,14 +90,42 @@ def _outer_sample(executor, *args, **kwargs):
     if choice.plan.techniques:
         with suppress(ValueError):  # a model that Skein does not know: applied() says so
             choice.plan = with_slices(choice.plan, guider.model_patcher, noise.shape)
+    sliced = _sliced(asked, choice.plan, guider.model_patcher, noise.shape)
+    if sliced is None:
+        return _sample(executor, choice, asked.preset, args, kwargs)
+    conds = {name: [each.copy() for each in several] for name, several in getattr(guider, "conds", {}).items()}
+    try:
+        return _sample(executor, choice, asked.preset, args, kwargs)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    # What the sampling had in memory has gone with the exception.
+    logger.warning("Skein: %s", AGAIN)
+    choice.plan, guider.conds = sliced, conds  # these as they were before ComfyUI prepared them
+    return _sample(executor, choice, asked.preset, args, kwargs)
+
+
+def _sliced(asked: Plan, plan: Plan, patcher: "ModelPatcher", latent: tuple[int, ...]) -> Plan | None:
+    """A plan for when memory runs out: the blocks, which are whole, in slices. None where that cannot be, or where
+    somebody has asked for it to be as it is."""
+    if asked.slices is not None or plan.slices is None or plan.slices.count > 1 or plan.parallel is not None:
+        return None
+    sliced = with_slices(replace(plan, slices=None), patcher, latent, usable=0)
+    return sliced if "slices" in sliced.techniques else None
+
+
+def _sample(executor, choice: Choice, preset: PresetConfig | None, args: tuple, kwargs: dict):
+    """The sampling as it has been chosen."""
+    guider, given = executor.class_obj, {**dict(zip(ARGUMENTS, args)), **kwargs}
+    noise = given["noise"]
     with (
         live.sampling(choice.plan.techniques, guider.model_patcher.load_device),
-        followed(choice, asked.preset, guider, given) as callback,
-        applied(choice.plan, guider),
+        followed(choice, preset, guider, given) as callback,
+        applied(choice.plan, guider, latent=tuple(noise.shape)),
     ):
         _tell_of_memory(choice.plan, guider.model_patcher, noise.shape)
         if "callback" in kwargs or len(args) < len(ARGUMENTS):
-            kwargs["callback"] = callback
+            kwargs = {**kwargs, "callback": callback}
         else:
             args = (*args[: len(ARGUMENTS) - 1], callback, *args[len(ARGUMENTS) :])
         latent = executor(*args, **kwargs)
@@ -121,14 +151,14 @@ def _tell_of_memory(plan: Plan, patcher: "ModelPatcher", latent: tuple[int, ...]
 
 
 @contextmanager
-def applied(plan: Plan, guider, mesh: Mesh | None = None) -> Iterator[None]:
+def applied(plan: Plan, guider, mesh: Mesh | None = None, latent: Sequence[int] = ()) -> Iterator[None]:
     """Apply a plan to a guider's run and take it off at the end, also after an exception or an interrupt.
 
-    mesh: the processes that share the run, in a worker; None in ComfyUI's own process.
+    mesh: the processes that share the run, in a worker; None in ComfyUI's own process. latent: see Sampling.
     """
     options = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
-    run = Sampling(plan, guider, mesh)
+    run = Sampling(plan, guider, mesh, latent)
     try:
         with ExitStack() as techniques:
             if mesh is None:

@@ -23,7 +23,9 @@ EXCHANGED = 2.0  # more on each of several GPUs: queries, keys and values on the
 WHOLE = 1.6  # and of the whole video's tokens: as the first block is given them, and as the last one leaves them
 FIXED = 20e6  # bytes: embedders, the latent
 TEXT_TOKENS = 256  # where the text is not known
-SPARE = 1.1  # room in works: between tensors the allocator is left with pieces that fit none
+# The same that an allocator loses to pieces between tensors that fit none, with whole blocks, whose widest tensor has
+# five, and with blocks in slices. Measured with cudaMallocAsync, which ComfyUI uses (bench/dynamic_card.py).
+LOST, LOST_IN_SLICES = 5.0, 2.2
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class Load:
     width: int
     batch: int = 1
     size: int = 2
+
+    @property
+    def state(self) -> int:
+        """Bytes of a hidden state's token, of all samples."""
+        return self.batch * self.width * self.size
 
     @classmethod
     def of(cls, network: Network, latent: Sequence[int], size: int) -> "Load":
@@ -58,8 +65,7 @@ def work_of(network: Network, latent: Sequence[int]) -> float:
 
 def work_bytes(load: Load, plan: Plan, world: int = 1) -> float:
     """Bytes that sampling takes on each of `world` GPUs, without the weights."""
-    state = load.batch * load.width * load.size
-    own = load.tokens / world
+    state, own = load.state, load.tokens / world
     blocks = EAGER if plan.compile is None else COMPILED if plan.fp8 is None else COMPILED_FP8
     if plan.slices is not None:
         blocks = max(BESIDE_SLICES + (blocks - BESIDE_SLICES) / plan.slices.count, _attention(plan))
@@ -84,7 +90,8 @@ def slices_for(load: Load, plan: Plan, total: float, world: int = 1) -> int:
 
 def room_bytes(load: Load, plan: Plan, world: int = 1) -> float:
     """Bytes that must be free on each of `world` GPUs before a call."""
-    return SPARE * work_bytes(load, plan, world)
+    lost = LOST if plan.slices is None or plan.slices.count == 1 else LOST_IN_SLICES
+    return work_bytes(load, plan, world) + load.state * (load.tokens / world + load.text) * lost
 
 
 def advice(load: Load, plan: Plan, total: float, world: int = 1) -> str:

@@ -8,7 +8,7 @@ import comfy.model_management as memory
 import torch
 from torch import nn
 
-from .estimate import Load, slices_for, work_bytes
+from .estimate import Load, room_bytes, slices_for, work_bytes
 from .models import Network
 from .offloaded import ahead_bytes
 from .patchers import own_network
@@ -56,15 +56,27 @@ def coming_bytes(model: nn.Module, network: Network, plan: Plan) -> float:
     return ahead_bytes(network) * weight_bytes(model, plan) / memory.module_size(model)
 
 
-def with_slices(plan: Plan, patcher: "ModelPatcher", latent: Sequence[int]) -> Plan:
+def with_slices(plan: Plan, patcher: "ModelPatcher", latent: Sequence[int], usable: float | None = None) -> Plan:
     """The plan with the model's blocks in slices of tokens where a device has no room for whole ones, be the weights
-    wherever they are, and as it is where somebody has decided that already."""
+    wherever they are, and as it is where somebody has decided that already. usable: bytes that there are for weights
+    on their way and work; None: what the device has."""
     load = load_of(patcher, latent) if plan.slices is None else None
     network = Network(own_network(patcher))
     if load is None or not all(can_be_sliced(network.architecture, stack) for stack in network.architecture.stacks):
         return plan
-    usable = usable_bytes(patcher.load_device) - coming_bytes(patcher.model, network, plan)
+    if usable is None:
+        usable = usable_bytes(patcher.load_device) - coming_bytes(patcher.model, network, plan)
     return replace(plan, slices=SlicesConfig(slices_for(load, plan, usable, world_of(plan))))
+
+
+def needed_bytes(plan: Plan, patcher: "ModelPatcher", latent: Sequence[int]) -> float:
+    """Bytes that must be free on each device before a run's calls, beside the weights that stay there; 0 where that is
+    not known."""
+    load = load_of(patcher, latent)
+    if load is None:
+        return 0
+    coming = coming_bytes(patcher.model, Network(own_network(patcher)), plan)
+    return room_bytes(load, plan, world_of(plan)) + coming
 
 
 def expected_bytes(plan: Plan, patcher: "ModelPatcher", latent: Sequence[int]) -> float | None:

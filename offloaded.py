@@ -15,11 +15,13 @@ from typing import Any
 
 import comfy.model_management as memory
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from .attributes import changed
 from .models import Block, ModelCall, Network, RunBlock, RunModel, Values, first_tensor, passed_by
 from .out_of_memory import is_out_of_memory
+from .patchers import take_off_weights
 from .quantization import is_plain
 from .units import bytes_text
 
@@ -30,6 +32,7 @@ logger = logging.getLogger("skein")
 CASTS, CAST = "comfy_cast_weights", "prev_comfy_cast_weights"
 Parameters = dict[str, nn.Parameter | None]  # of one layer
 
+RAN_OUT = "memory ran out; all weights leave the GPU, and this call is made once more"
 COMES = "{} of the blocks' {} of weights stay in the computer's memory; each block's come while the one before it runs"
 
 
@@ -62,10 +65,11 @@ COPIES: dict[str, Callable[[torch.device], Any]] = {"cuda": CudaCopies}  # by ty
 
 class OffloadedBlocks:
     """A run's blocks, whose weights come to the device as they run. Stands outside of what computes a block, compiled
-    or in slices. say: shows a line to the user."""
+    or in slices. say: shows a line to the user. patcher: the model's, whose weights may be taken off the device when
+    memory runs out; None: they may not."""
 
-    def __init__(self, say: Callable[[str], None]):
-        self.say = say
+    def __init__(self, say: Callable[[str], None], patcher: ModelPatcher | None = None):
+        self.say, self.patcher = say, patcher
         self._layers: dict[nn.Module, list[Any]] = {}  # of each block, those that can be fetched
         self._came: set[nn.Module] = set()
         self._coming: dict[nn.Module, _Coming] = {}
@@ -92,8 +96,35 @@ class OffloadedBlocks:
         try:
             return run(call)
         finally:
-            for coming in [self._coming.pop(block.module, NOTHING) for block in call.network.blocks]:
-                coming.drop()
+            self._drop(call)
+
+    def around_call(self, call: ModelCall, run: RunModel) -> Any:
+        """A call for which memory runs out is made once more with all weights off the device: how much the allocator
+        makes of free memory is known to nobody beforehand."""
+        try:
+            return run(call)
+        except Exception as error:
+            if not is_out_of_memory(error) or not self._has_weights_there(call):
+                raise
+        # What the call had in memory has gone with the exception.
+        self._drop(call)
+        take_off_weights(self.patcher)
+        logger.warning("Skein: %s", RAN_OUT)
+        self._told = False
+        self._tell(call)
+        return run(call)
+
+    def _has_weights_there(self, call: ModelCall) -> bool:
+        """Whether the device has weights that may be taken off."""
+        patcher = self.patcher
+        return (
+            patcher is not None and call.network.module is patcher.model.diffusion_model and patcher.loaded_size() > 0
+        )
+
+    def _drop(self, call: ModelCall) -> None:
+        """No weights are on their way any more."""
+        for coming in [self._coming.pop(block.module, NOTHING) for block in call.network.blocks]:
+            coming.drop()
 
     def around_block(self, call: ModelCall, block: Block, values: Values, run: RunBlock) -> Values:
         """A block beside its weights."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.memory_management
 import comfy.model_management as memory
+import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
@@ -18,6 +19,7 @@ from .files import Watched, files_of, require_unchanged
 PLAIN_KEY = "_skein_plain"  # what is Kept of a model under dynamic VRAM: its Plain
 TWIN_KEY = "_skein_fp8"  # what is Kept of a model that is quantized: its quantization.twin.Twin
 KEYS = (PLAIN_KEY, TWIN_KEY)
+PROXY_KEY = "_skein_proxy"  # on a proxy's model; and on its source's, so that the proxy goes when that goes
 
 
 class Kept:
@@ -83,11 +85,38 @@ def unload(patcher: ModelPatcher) -> None:
         memory.free_memory(1e30, entry.device, keep_loaded=[other for other in loaded if other is not entry])
 
 
+def take_off_weights(patcher: ModelPatcher) -> None:
+    """Take all weights of a model without dynamic VRAM off its device. It stays in ComfyUI's books as loaded."""
+    patcher.partially_unload(patcher.offload_device, 1e32)
+    memory.soft_empty_cache(force=True)
+
+
+def take_off_unless_whole(patcher: ModelPatcher, work: float) -> None:
+    """Take a model's weights off its device where not all of them can stay beside so many bytes. ComfyUI would take off
+    some layers here and some there, and the memory of each is too small for what a run needs; loaded anew, those that
+    stay lie together."""
+    device, own = patcher.load_device, 0 if is_loaded(patcher.model) else patcher.loaded_size()
+    if device.type != "cpu" and patcher.loaded_size() and room_of(device) + own < patcher.model_size() + work:
+        take_off_weights(patcher)
+
+
 def take_off_others(patcher: ModelPatcher) -> None:
     """Take off what another workflow has left in the place of the model's network: ComfyUI's object patches stay on a
     model that stays loaded."""
     if patcher.model.diffusion_model is not patcher.get_model_object("diffusion_model"):
         unload(patcher)
+
+
+def room_of(device: torch.device) -> int:
+    """Bytes on a device that are free, or could be without the models that this process has there. Not counted: what
+    workers have (workers/proxy.py), who are asked for it."""
+    loaded = [entry for entry in loaded_entries() if entry.device == device and not is_proxy(entry.model.model)]
+    return int(memory.get_free_memory(device) + sum(entry.model_loaded_memory() for entry in loaded))
+
+
+def is_proxy(model: Any) -> bool:
+    """Whether a model is a Proxy's (workers/proxy.py), whose weights are in the workers."""
+    return PROXY_KEY in vars(model) and vars(model)[PROXY_KEY].model is model
 
 
 def is_loaded(model: nn.Module) -> bool:

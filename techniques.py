@@ -21,10 +21,11 @@ from .attributes import changed
 from .cache import CacheHook, Evaluations, FirstBlockCache
 from .compilation import CompiledBlocks, require_own_folder
 from .estimate import Load, room_bytes
+from .footprint import needed_bytes
 from .models import Network, Seam
 from .offloaded import CASTS, OffloadedBlocks, ahead_bytes
 from .parallel import Mesh, Sharding
-from .patchers import own_network, plain
+from .patchers import own_network, plain, take_off_unless_whole
 from .plan import PLAN_KEY, AttentionConfig, CacheConfig, Plan, SparseConfig
 from .quantization import quantized
 from .report import begin, note, publish, show, sparse_called
@@ -43,12 +44,14 @@ logger = logging.getLogger("skein")
 class Sampling:
     """A run that techniques are put on. mesh: the processes that share it, in a worker; None in ComfyUI's own process.
 
-    sharding: this process's part of each call, where there are others. offloaded: blocks with weights off the device.
+    latent: the shape of what is sampled, where that is known beforehand. sharding: this process's part of each call,
+    where there are others. offloaded: blocks with weights off the device.
     """
 
     plan: Plan
     guider: Any
     mesh: Mesh | None
+    latent: Sequence[int] = ()
     seam: Seam = field(default_factory=Seam)
     sharding: Sharding | None = None
     offloaded: OffloadedBlocks | None = None
@@ -57,6 +60,11 @@ class Sampling:
     def options(self) -> dict:
         """The run's own transformer_options."""
         return self.guider.model_options["transformer_options"]
+
+    @property
+    def work(self) -> float:
+        """Bytes that must be free on the device beside the weights; 0 where that is not known."""
+        return needed_bytes(self.plan, self.guider.model_patcher, self.latent) if self.latent else 0
 
 
 @contextmanager
@@ -87,7 +95,7 @@ def _quantizing(run: Sampling) -> Iterator[None]:
     guider, source = run.guider, run.guider.model_patcher
     conflicts.watch(run.options, "fp8", source)
     try:
-        with quantized(source, run.plan.fp8) as guider.model_patcher:
+        with quantized(source, run.plan.fp8, run.work) as guider.model_patcher:
             yield
     finally:
         guider.model_patcher = source
@@ -159,15 +167,19 @@ def _recorded(run: Sampling, sparse: SparseAttention) -> Iterator[None]:
 def _fetching(run: Sampling) -> Iterator[None]:
     """Weights that ComfyUI has left off the device, brought to it block by block, where blocks do not run as ComfyUI
     has them run."""
-    plan, model = run.plan, run.guider.model_patcher.model
+    plan, patcher = run.plan, run.guider.model_patcher
+    model = patcher.model
     if not plan.loads_plainly and "slices" not in plan.techniques:
         yield
         return
     required = partial(_memory_required, model, plan, model.memory_required)
-    run.offloaded = OffloadedBlocks(partial(note, "offloaded"))
+    alone = run.mesh is None or run.mesh.world == 1  # else others would wait for a call that is made once more
+    run.offloaded = OffloadedBlocks(partial(note, "offloaded"), patcher if alone and not patcher.is_dynamic() else None)
     run.seam.models.append(run.offloaded.around_model)
     run.seam.blocks.append(run.offloaded.around_block)
     with run.offloaded.on(), changed([(model, "memory_required", required)]):
+        if run.latent and not patcher.is_dynamic():
+            take_off_unless_whole(patcher, max(run.work, model.memory_required(list(run.latent))))
         yield
 
 
@@ -181,6 +193,15 @@ def _memory_required(
     if "slices" not in plan.techniques or len(input_shape) < 4:
         return own(input_shape, *conds, **named) + ahead_bytes(network)
     return room_bytes(Load.of(network, input_shape, model.get_dtype_inference().itemsize), plan) + ahead_bytes(network)
+
+
+@contextmanager
+def _repeating(run: Sampling) -> Iterator[None]:
+    """A call for which memory runs out is made once more with all weights off the device. It stands inside of all that
+    is around a call."""
+    if run.offloaded is not None:
+        run.seam.models.append(run.offloaded.around_call)
+    yield
 
 
 @contextmanager
@@ -322,4 +343,14 @@ def require_several_blocks(patcher: "ModelPatcher", technique: str) -> None:
 
 # What is put on a run in this process, in this order: a block is cut before the cache is asked, and the cache decides
 # before a compiled block is entered.
-TECHNIQUES = (_loading_plainly, _quantizing, _sharing, _attending, _fetching, _slicing, _compiling, _caching)
+TECHNIQUES = (
+    _loading_plainly,
+    _quantizing,
+    _sharing,
+    _attending,
+    _fetching,
+    _slicing,
+    _compiling,
+    _caching,
+    _repeating,
+)

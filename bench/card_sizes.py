@@ -43,19 +43,16 @@ from skein.attributes import changed  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
 from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.other_card.sitecustomize import CONTEXT, limited  # noqa: E402
+from skein.bench.runs import FAST, decoded, peaks, stepped  # noqa: E402
 from skein.bench.scaling import host_gib  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.bench.vae import random_vae  # noqa: E402
-from skein.demo.sampling import sample  # noqa: E402
 from skein.estimate import work_bytes  # noqa: E402
 from skein.footprint import coming_bytes, load_of, weight_bytes, with_slices  # noqa: E402
 from skein.models import Network  # noqa: E402
 from skein.out_of_memory import is_out_of_memory  # noqa: E402
-from skein.plan import AttentionConfig, CompileConfig, DecodeConfig, FP8Config, Plan, SlicesConfig  # noqa: E402
-from skein.vae.decode import decode  # noqa: E402
+from skein.plan import Plan, SlicesConfig  # noqa: E402
 
-TEXT = 60
-FAST = Plan(attention=AttentionConfig(), fp8=FP8Config(), compile=CompileConfig())
 BLOCKS_WHOLE = replace(FAST, slices=SlicesConfig(1))
 PLANS = {"skein": FAST, "when needed": FAST, "blocks whole": BLOCKS_WHOLE}
 COPIED = 1 << 30  # bytes, to measure the link by
@@ -115,8 +112,7 @@ def measured(
                 raise
             return row | {"out_of_memory": str(error).partition("\n")[0]}, None
         row |= times | {
-            "tensors_gb": torch.cuda.max_memory_allocated() / 1e9,
-            "peak_gb": (torch.cuda.max_memory_reserved() + CONTEXT) / 1e9,
+            **peaks(),
             "weights_on_card_gb": torch.cuda.memory_allocated() / 1e9,
             **host_gib([os.getpid()]),
         }
@@ -125,24 +121,6 @@ def measured(
         if vae is not None:
             row |= decoded(vae, out, by_skein=name != "stock")
     return row, out
-
-
-def stepped(model, arguments: dict) -> tuple[torch.Tensor, dict]:
-    """A run's result, and what it took."""
-    ended: list[float] = []
-    pinned: list[int] = []
-
-    def step_ended(*_args) -> None:
-        torch.cuda.synchronize()
-        ended.append(time.perf_counter())
-        pinned.append(memory.TOTAL_PINNED_MEMORY)
-        if len(ended) == 1:
-            torch.cuda.reset_peak_memory_stats()
-
-    started = time.perf_counter()
-    out = sample(model, models.conditioning(TEXT), callback=step_ended, **arguments)
-    step_s = (ended[-1] - ended[0]) / (len(ended) - 1)
-    return out, {"step_s": step_s, "run_s": time.perf_counter() - started, "pinned_gb": max(pinned) / 1e9}
 
 
 def estimated(plan: Plan, patcher, latent: torch.Tensor) -> float:
@@ -154,18 +132,6 @@ def estimated(plan: Plan, patcher, latent: torch.Tensor) -> float:
     weights = weight_bytes(patcher.model, plan) - torch.cuda.memory_allocated()
     coming = coming_bytes(patcher.model, Network(patcher.model.diffusion_model), plan) if weights > spare else 0
     return work_bytes(load, plan) + coming
-
-
-def decoded(vae: comfy.sd.VAE, latent: torch.Tensor, by_skein: bool) -> dict:
-    """The VAE's part of a row, as after a run: the model is where that has left it."""
-    torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    decode(vae, latent, DecodeConfig()) if by_skein else vae.decode(latent)
-    return {
-        "decode_s": time.perf_counter() - started, "decode_tensors_gb": torch.cuda.max_memory_allocated() / 1e9,
-        "decode_peak_gb": (torch.cuda.max_memory_reserved() + CONTEXT) / 1e9,
-        **{f"decode_{name}": value for name, value in host_gib([os.getpid()]).items()},
-    }  # fmt: skip
 
 
 def link() -> dict:

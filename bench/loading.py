@@ -140,6 +140,9 @@ class Peak:
 
 
 def switch_dynamic_on() -> None:
+    """As ComfyUI's main.py does; the caller has initialized comfy_aimdo before it imported PyTorch."""
+    import comfy_aimdo.control
+
     device = comfy.model_management.get_torch_device()
     if not comfy_aimdo.control.init_devices([(device.index, 0)]):
         sys.exit("This machine's comfy-aimdo does not work, so there is no dynamic VRAM.")

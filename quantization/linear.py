@@ -2,9 +2,10 @@
 
 The weight, its scale and the bias are plain tensors, so ComfyUI counts, moves, pins and partly loads the layer as any
 other. Scales are dynamic: a static one clips large activations and loses small ones (84 % and 56 % error measured).
-Weights are quantized and matrices multiplied by torchao (https://github.com/pytorch/ao). The activation is quantized
-here, because torchao's tensor subclass neither traces under torch.compile(fullgraph=True) when made inside a forward
-nor does without two float32 copies of the activation (14 GB at 720p x 129 frames) when run eagerly.
+Matrices are multiplied by torchao (https://github.com/pytorch/ao). Weights and activations are quantized here, to the
+bit as torchao's Float8Tensor has them: that neither traces under torch.compile(fullgraph=True) when made inside a
+forward nor does without float32 copies of what it quantizes (14 GB of an activation at 720p x 129 frames; of weights,
+holes between those that stay, which an allocator cannot join).
 
 FP8 arithmetic runs in bfloat16 around the product (scales per row give no other type on NVIDIA cards); an input of
 another type is cast for the call. Left out: static scales, and e5m2, whose two bits of mantissa double the error.
@@ -29,6 +30,7 @@ HEADROOM = 8  # weight_only: how far LoRA may grow a row under its scale; floati
 FEW_ROWS = 4  # that a weight is read again for each of
 WIDE = 8192  # in_features from which on the compiler reads a row twice
 CHUNK = 1 << 25  # values quantized at a time where no compiler fuses the steps
+WEIGHT_CHUNK = 1 << 22  # of a weight: what is kept of it then lies in one piece with the others', and leaves no holes
 
 
 class QuantizedLinear(nn.Module):
@@ -111,15 +113,12 @@ def quantize_weight(weight: Tensor, mode: str) -> tuple[Tensor, Tensor]:
         data, scale = given
         rows = 1 if mode == "per_tensor" else weight.shape[0]
         return data.clone(), scale.float().reshape(1, 1).repeat(rows, 1)
-    from torchao.quantization import Float8Tensor, PerRow, PerTensor
-
-    weight = weight.float()
-    granularity = PerTensor() if mode == "per_tensor" else PerRow()
-    quantized = Float8Tensor.from_hp(weight, FP8, granularity, hp_value_lb=SMALLEST)
-    if mode != "weight_only":
-        return quantized.qdata, quantized.scale
-    scale = quantized.scale * HEADROOM
-    return to_fp8(weight, scale), scale
+    data = torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    scale = scale_of(weight, mode != "per_tensor")
+    if mode == "weight_only":
+        scale = scale * HEADROOM
+    _fill(data, weight, scale, WEIGHT_CHUNK)
+    return data, scale
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -131,18 +130,28 @@ def quantize_rows(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
     """FP8 values (R, I) and float32 scale, (1, 1) or (R, 1), of activations (R, I); compiled or not, the same bits."""
     if per_row and x.shape[1] >= WIDE and _by_triton(x.device):
         return _kernels.quantize_wide_rows(x)
-    largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)  # without the copy that abs() makes
-    if not per_row:
-        largest = largest.amax(dim=0, keepdim=True)
-    scale = largest.float().clamp(min=SMALLEST) / FP8_MAX
+    scale = scale_of(x, per_row)
     if torch.compiler.is_compiling() or x.numel() <= CHUNK:
         return to_fp8(x, scale), scale
     data = torch.empty_like(x, dtype=FP8)
-    step = max(1, CHUNK // x.shape[1])
+    _fill(data, x, scale, CHUNK)
+    return data, scale
+
+
+def scale_of(x: Tensor, per_row: bool) -> Tensor:
+    """By which values (R, I) fill FP8's range: float32, (R, 1) or (1, 1); as torchao's Float8Tensor has it."""
+    largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)  # without the copy that abs() makes
+    if not per_row:
+        largest = largest.amax(dim=0, keepdim=True)
+    return largest.float().clamp(min=SMALLEST) / FP8_MAX
+
+
+def _fill(data: Tensor, x: Tensor, scale: Tensor, chunk: int) -> None:
+    """FP8 values of x (R, I) over its scale, so many at a time."""
+    step = max(1, chunk // x.shape[1])
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
-        data[rows] = to_fp8(x[rows], scale[rows] if per_row else scale)
-    return data, scale
+        data[rows] = to_fp8(x[rows], scale[rows] if scale.shape[0] > 1 else scale)
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

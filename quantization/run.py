@@ -26,9 +26,9 @@ logger = logging.getLogger("skein")
 
 
 @contextmanager
-def quantized(source: ModelPatcher, config: FP8Config) -> Iterator[ModelPatcher]:
+def quantized(source: ModelPatcher, config: FP8Config, work: float = 0) -> Iterator[ModelPatcher]:
     """The patcher to sample with: one over the FP8 twin, or the source itself if it is quantized already, or has
-    no layer that could be.
+    no layer that could be. work: see Twin.
 
     Raises ValueError with a sentence if another node's work on the model cannot be kept, or torchao is missing.
     """
@@ -43,7 +43,7 @@ def quantized(source: ModelPatcher, config: FP8Config) -> Iterator[ModelPatcher]
         yield source
         return
     refuse_conflicts(source, layers)
-    twin, fresh = _twin_of(source, layers)
+    twin, fresh = _twin_of(source, layers, work)
     patcher = twin.patcher(source)
     _say(config, [*notes, describe(twin, mode)], log=fresh)
     try:
@@ -57,7 +57,7 @@ def quantized(source: ModelPatcher, config: FP8Config) -> Iterator[ModelPatcher]
         let_go(patcher)
 
 
-def _twin_of(source: ModelPatcher, layers: dict[str, str]) -> tuple[Twin, bool]:
+def _twin_of(source: ModelPatcher, layers: dict[str, str], work: float) -> tuple[Twin, bool]:
     """The twin with the source's patches in it, and whether any layer was quantized for it."""
     kept = keep(source, TWIN_KEY)
     twin = kept.value
@@ -65,7 +65,7 @@ def _twin_of(source: ModelPatcher, layers: dict[str, str]) -> tuple[Twin, bool]:
         return twin, bool(twin.update(source))
     del twin
     kept.value = None  # before the next one is made: there is no room for two
-    twin = kept.value = Twin(source, layers)
+    twin = kept.value = Twin(source, layers, work)
     return twin, True
 
 

@@ -33,10 +33,11 @@ class Twin:
     """An FP8 twin and ComfyUI's books about it, which persist between runs.
 
     modes: path of each quantized layer in the model -> its mode (see QuantizedLinear), in running order.
+    work: bytes that the run takes beside the weights, which stay on the device if there is room for both.
     Raises what the device raises when it is full, and ComfyUI's interrupt; the source is then as it was.
     """
 
-    def __init__(self, source: ModelPatcher, modes: dict[str, str]):
+    def __init__(self, source: ModelPatcher, modes: dict[str, str], work: float = 0):
         started = time.perf_counter()
         unload(source)
         self.modes = modes
@@ -46,7 +47,7 @@ class Twin:
         keep_in_file(self.model)  # what is not quantized, where the source's weights lie there
         self._rest: list = []  # the patches of the last run that were left to ComfyUI
         self._rest_uuid = uuid.uuid4()
-        self.resident = self._quantize(source)
+        self.resident = self._quantize(source, work)
         # The patcher that ComfyUI falls back on when a run's own is gone: it must not be one over the source's model.
         self.root = ModelPatcher(self.model, source.load_device, source.offload_device)
         self.bytes = self.root.model_size()
@@ -84,14 +85,13 @@ class Twin:
     def merged_count(self) -> int:
         return sum(bool(patches) for patches in self.merged.values())
 
-    def _quantize(self, source: ModelPatcher) -> bool:
+    def _quantize(self, source: ModelPatcher, work: float) -> bool:
         """Replace the layers one by one; whether all of them are on the load device in the end.
 
-        The FP8 weights stay there as long as there is room. So the peak is one layer above what the twin takes.
+        The FP8 weights stay there if there is room. So the peak is one layer above what the twin takes.
         """
         device, offload = source.load_device, source.offload_device
-        _make_room(source, self.modes)
-        resident = True
+        resident = _make_room(source, self.modes, work)
         for name, mode in _told(self.modes.items()):
             memory.throw_exception_if_processing_interrupted()
             layer = QuantizedLinear(*merged_weights(source, name), mode)
@@ -132,14 +132,16 @@ def merged_weights(source: ModelPatcher, name: str) -> tuple[Tensor, Tensor | No
     return merged(f"{name}.weight"), None if layer.bias is None else merged(f"{name}.bias")
 
 
-def _make_room(source: ModelPatcher, modes: dict[str, str]) -> None:
-    """Unload other models for the twin and the float32 steps on its largest layer."""
+def _make_room(source: ModelPatcher, modes: dict[str, str], work: float) -> bool:
+    """Unload other models for the twin, and for its largest layer or the run's work; whether there is room for all."""
     if source.load_device.type == "cpu":
-        return
+        return True
     weights = [source.model.get_submodule(name).weight for name in modes]
     twin = memory.module_size(source.model) - sum(weight.nbytes - weight.shape.numel() for weight in weights)
-    steps = 16 * max(weight.shape.numel() for weight in weights)
-    memory.free_memory(twin + steps + memory.minimum_inference_memory(), source.load_device)
+    need = twin + max(work, 16 * max(weight.shape.numel() for weight in weights))
+    memory.free_memory(need + memory.minimum_inference_memory(), source.load_device)
+    memory.soft_empty_cache(force=True)
+    return _room_for(need, source.load_device)
 
 
 def _room_for(size: int, device: torch.device) -> bool:

@@ -5,6 +5,7 @@ import threading
 import comfy.model_management as memory
 import pytest
 import skein.offloaded
+import skein.patchers
 import torch
 from comfy.patcher_extension import WrappersMP
 from loras import with_lora
@@ -12,6 +13,7 @@ from offloading import Offloading
 from skein import engine, live
 from skein.demo.sampling import sample
 from skein.models import Network
+from skein.patchers import take_off_unless_whole, take_off_weights
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, SlicesConfig
 from skein.report import recent_runs
 from skein.units import bytes_text
@@ -61,6 +63,74 @@ def test_weights_that_are_not_pinned_are_copied_once_the_block_before_has_starte
     sample(offloading.put_on(engine.edit(tiny_model, **FP8)), "a red circle", **SMALL)
     one_call = [each for path in PATHS for each in ("begun", "came", path)]
     assert offloading.log == 2 * one_call
+
+
+class Full:
+    """A block's layer for which memory runs out, the first so many times."""
+
+    def __init__(self, times):
+        self.times, self.calls = times, 0
+
+    def __call__(self, executor, *args, **kwargs):
+        layer = executor.class_obj.diffusion_model.get_submodule(LAST_LAYERS[1])
+        with layer.register_forward_pre_hook(self.hook):
+            return executor(*args, **kwargs)
+
+    def hook(self, _layer, _inputs):
+        self.calls += 1
+        if self.calls <= self.times:
+            raise torch.OutOfMemoryError("full")
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache": CacheConfig(threshold=0.9)}], ids=["", "cache"])
+def test_a_call_for_which_memory_runs_out_is_made_again_with_all_weights_off_the_device(
+    tiny_model, cache, caplog, monkeypatch
+):
+    patcher, full, loaded = engine.edit(tiny_model, **FP8, **cache), Full(1), []
+
+    def take_off(run):
+        before = run.loaded_size()
+        take_off_weights(run)
+        loaded.append((before, run.loaded_size()))
+
+    monkeypatch.setattr(skein.offloaded, "take_off_weights", take_off)
+    six = {**SMALL, "steps": 6}
+    whole = sample(patcher, "a red circle", **six)
+    record = recent_runs()[-1] if cache else None
+    patcher.add_wrapper(WrappersMP.APPLY_MODEL, full)
+    with caplog.at_level("WARNING", "skein"):
+        assert torch.equal(sample(patcher, "a red circle", **six), whole)
+    assert caplog.text.count(skein.offloaded.RAN_OUT) == 1
+    ((before, after),) = loaded
+    assert after < before / 10
+    if record is not None:
+        again = recent_runs()[-1]
+        assert again.reused == record.reused > 0 and full.calls == 6 - again.reused + 1
+        assert [call.reused for call in again.calls] == [call.reused for call in record.calls]
+
+
+def test_a_call_for_which_memory_runs_out_once_more_ends_the_run(tiny_model):
+    patcher, full = engine.edit(tiny_model, **FP8), Full(2)
+    whole = sample(patcher, "a red circle", **SMALL)
+    patcher.add_wrapper(WrappersMP.APPLY_MODEL, full)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        sample(patcher, "a red circle", **SMALL)
+    assert full.calls == 2
+    assert torch.equal(sample(patcher, "a red circle", **SMALL), whole)  # and the next one runs as ever
+
+
+def test_weights_leave_the_device_where_not_all_of_them_can_stay_beside_the_run(tiny_model, monkeypatch):
+    memory.load_models_gpu([tiny_model])
+    size, whole = tiny_model.loaded_size(), sample(tiny_model, "a red circle", **SMALL)
+    own = tiny_model.load_device
+    monkeypatch.setattr(tiny_model, "load_device", torch.device("cuda"))
+    monkeypatch.setattr(skein.patchers, "room_of", lambda device: size + 1000)
+    take_off_unless_whole(tiny_model, 1000)
+    assert tiny_model.loaded_size() == size > 0
+    take_off_unless_whole(tiny_model, 1001)
+    assert tiny_model.loaded_size() < size / 10
+    monkeypatch.setattr(tiny_model, "load_device", own)
+    assert torch.equal(sample(tiny_model, "a red circle", **SMALL), whole)
 
 
 def test_blocks_on_the_device_are_left_alone(tiny_model, offloading):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..attributes import changed
 from ..out_of_memory import is_out_of_memory
+from ..patchers import room_of
 from ..plan import DecodeConfig
 from ..report import show
 from ..workers.environment import machines
@@ -23,7 +24,7 @@ from ..workers.wanted import name_of, visible_devices, worker_setting
 from . import shared
 from .deferred import UsedAgain
 from .families import Family, family_of
-from .memory import room, sliced_bytes, whole_bytes
+from .memory import sliced_bytes, whole_bytes
 from .strip import Strip
 from .tiles import Tiling, tiles_of, tiling_of
 from .whole import frames_in_slices, frames_of, quick
@@ -187,9 +188,9 @@ class _Alone(_Decode):
 
     def _fits(self, work: int) -> bool:
         need = work + self.vae.model_size()
-        if room(self.vae.device) < need:
+        if room_of(self.vae.device) < need:
             _take_room(self.vae.device)
-        return room(self.vae.device) >= need
+        return room_of(self.vae.device) >= need
 
     @property
     def sliced_work(self) -> tuple[int, int]:
@@ -212,8 +213,11 @@ class _Alone(_Decode):
     def in_slices(self) -> Tensor:
         """The same pixels, each layer a few rows at a time. Carried frames that do not fit wait on the host."""
         least, carried = self.sliced_work
-        carried = min(carried, max(0, room(self.vae.device) - self.vae.model_size() - least))
-        return frames_in_slices(self.vae, self.latent, *self._started(least + carried), carried)
+        carried = min(carried, max(0, room_of(self.vae.device) - self.vae.model_size() - least))
+        try:
+            return frames_in_slices(self.vae, self.latent, *self._started(least + carried), carried)
+        finally:
+            _empty_host_cache(self.vae.device)
 
     def _started(self, work: int) -> tuple[Callable[[], None], Callable[[int], None]]:
         """The VAE loaded, with room for the work: what to call before each layer, and with the frames decoded."""
@@ -250,6 +254,13 @@ def _counting_tiles(vae: Any, latent: Tensor, tiling: Tiling):
 
     with quick(vae), changed([(vae.first_stage_model, "decode", decode_one)]):
         yield
+
+
+def _empty_host_cache(device: torch.device) -> None:
+    """Give pinned memory that nobody has any more back to the system, where PyTorch can."""
+    empty = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)
+    if device.type == "cuda" and empty is not None:
+        empty()
 
 
 def _take_room(device: torch.device) -> None:

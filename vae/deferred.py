@@ -58,17 +58,17 @@ class Whole(Step):
 
 
 class Away(Step):
-    """What waits in the host's memory until it is read. Copies are waited for: so as little as can be is pinned."""
+    """What waits in the host's memory until it is read. host: where, pinned for a GPU. Nobody waits for the copies: all
+    are of the stream that computes, so one that uses this memory again comes after this one's."""
 
-    def __init__(self, tensor: Tensor):
+    def __init__(self, tensor: Tensor, host: Tensor):
         super().__init__(tensor.shape)
-        device = None if tensor.is_meta else "cpu"
-        self.host = torch.empty_like(tensor, device=device, pin_memory=tensor.is_cuda).copy_(tensor)
+        self.host = host.copy_(tensor, non_blocking=True)
         self.here: Tensor | None = None
 
     def fill(self, out: Tensor, frames: Span, rows: Span) -> None:
         if self.here is None:  # stays as long as this step, which one convolution has for itself
-            self.here = torch.empty_like(self.host, device=out.device).copy_(self.host)
+            self.here = torch.empty_like(self.host, device=out.device).copy_(self.host, non_blocking=True)
         out.copy_(self.here[:, :, frames[0] : frames[1], rows[0] : rows[1]])
 
 

@@ -3,11 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import comfy.model_management as memory
-import torch
-
-from ..patchers import loaded_entries
-from ..workers.room import is_proxy
 from .families import Family
 from .layers import SCORES
 
@@ -47,10 +42,3 @@ def _score_bytes(scores: int) -> int:
 def tile_bytes(vae: Any, tile: Sequence[int]) -> int:
     """Bytes that decoding a tile of this shape takes, as ComfyUI estimates it."""
     return int(vae.memory_used_decode(tuple(tile), vae.vae_dtype))
-
-
-def room(device: torch.device) -> int:
-    """Bytes on a device that are free, or could be without the models that this process has there. Not counted: what
-    workers have (workers/proxy.py), who are asked for it."""
-    loaded = [entry for entry in loaded_entries() if entry.device == device and not is_proxy(entry.model.model)]
-    return int(memory.get_free_memory(device) + sum(entry.model_loaded_memory() for entry in loaded))

@@ -37,19 +37,31 @@ def computing_in_slices(
 
 
 class Carried:
-    """Keeps carried frames on the device as far as there is room (bytes), the others in the host's memory."""
+    """Keeps carried frames on the device as far as there is room (bytes), the others in the host's memory, which each
+    convolution's next ones use again."""
 
     def __init__(self, room: int):
         self.room = room
+        self._unused: list[Tensor] = []  # of the host's memory
 
     def __call__(self, frames: Tensor) -> Step:
         size = frames.nbytes
         if size > self.room:
-            return Away(frames)
+            step: Step = Away(frames, host := self._host(frames))
+            weakref.finalize(step, self._unused.append, host)
+            return step
         step = Whole(frames)
         self.room -= size
         weakref.finalize(step, self._gone, size)
         return step
+
+    def _host(self, frames: Tensor) -> Tensor:
+        """Memory for frames like these."""
+        for i, host in enumerate(self._unused):
+            if host.shape == frames.shape and host.dtype == frames.dtype:
+                return self._unused.pop(i)
+        device = None if frames.is_meta else "cpu"
+        return torch.empty_like(frames, device=device, pin_memory=frames.is_cuda)
 
     def _gone(self, size: int) -> None:
         self.room += size

@@ -16,9 +16,8 @@ from ..estimate import Load, room_bytes
 from ..models import OPTIONS, Network, entry_of, first_tensor
 from ..offloaded import ahead_bytes
 from ..parallel.mesh import Mesh
-from ..patchers import loaded_entries
+from ..patchers import loaded_entries, room_of, take_off_unless_whole
 from ..plan import Plan
-from ..vae.memory import room
 from .decoder import Decoder
 from .model import Model
 
@@ -80,7 +79,7 @@ class Worker:
             run.enter_context(engine.applied(self.plan, self.guider, self.mesh))
             self.run, self.open = run.pop_all(), True
         weights = self.guider.model_patcher.model_size()
-        return {"overwritten": [], "weights": weights, "spare": room(self.mesh.device) - weights}
+        return {"overwritten": [], "weights": weights, "spare": room_of(self.mesh.device) - weights}
 
     def bring(self, latent: Tensor) -> None:
         """Have the model on the device, or as much of it as a call with this latent leaves room for."""
@@ -90,6 +89,7 @@ class Worker:
         need = room_bytes(load, self.plan, self.mesh.world) + (ahead_bytes(network) if self.plan.loads_plainly else 0)
         if self.reserved is not None and need <= self.reserved:
             return
+        take_off_unless_whole(patcher, need)
         memory.load_models_gpu([patcher], memory_required=need)
         if self.reserved is None:
             patcher.pre_run()
@@ -130,7 +130,7 @@ class Worker:
 
     def room(self) -> dict:
         """Bytes on this rank's device that are free, or could be without the sampling model; and the peak so far."""
-        return {"peak_bytes": self.end()["peak_bytes"], "free": room(self.mesh.device)}
+        return {"peak_bytes": self.end()["peak_bytes"], "free": room_of(self.mesh.device)}
 
     def make_room(self) -> dict:
         """Take all models off the device, to have them back when they are needed; bytes that this has freed."""

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..estimate import Load, room_bytes
 from ..models import Network, entry_of, share
-from ..patchers import clone_over, unload
+from ..patchers import PROXY_KEY, clone_over, unload
 from ..plan import PLAN_KEY, Plan
 from .conversation import GroupError
 from .group import release, running_group
-from .room import PROXY_KEY, shares
+from .room import shares
 
 logger = logging.getLogger("skein")
 

@@ -1,25 +1,16 @@
 """Memory of devices that ComfyUI's process and workers have together."""
 
-from typing import Any
-
 import comfy.model_management as memory
 import torch
 
-from ..patchers import loaded_entries
+from ..patchers import is_proxy, loaded_entries
 from .group import Group
 from .wanted import name_of
-
-PROXY_KEY = "_skein_proxy"  # on a proxy's model; and on its source's, so that the proxy goes when that goes
 
 
 def shares(group: Group, device: torch.device) -> bool:
     """Whether a device of this process is a worker's too."""
     return name_of(device) in group.setting.devices
-
-
-def is_proxy(model: Any) -> bool:
-    """Whether a model is a Proxy's, whose weights are in the workers."""
-    return PROXY_KEY in vars(model) and vars(model)[PROXY_KEY].model is model
 
 
 def clear_own(device: torch.device, need: float = 1e30) -> None:

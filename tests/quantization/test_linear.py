@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from skein.bench.errors import relative_error
+from skein.float8 import FP8, SMALLEST
 from skein.quantization.linear import (
     FP8_MAX,
+    HEADROOM,
     QuantizedLinear,
     dequantize,
     quantize_rows,
@@ -90,6 +92,21 @@ def test_activations_quantized_in_pieces_are_the_same(monkeypatch):
         monkeypatch.undo()
         assert torch.equal(scale, piece_scale) and torch.equal(data.view(torch.uint8), pieces.view(torch.uint8))
         assert data.float().abs().max() == FP8_MAX
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_are_quantized_as_torchao_does_it(dtype, monkeypatch):
+    from torchao.quantization import Float8Tensor, PerRow, PerTensor
+
+    weight = weights()[0].to(dtype)
+    weight[3] = 0
+    monkeypatch.setattr("skein.quantization.linear.WEIGHT_CHUNK", 64 * 7)
+    for mode, granularity in (("per_tensor", PerTensor()), ("per_row", PerRow())):
+        data, scale = quantize_weight(weight, mode)
+        theirs = Float8Tensor.from_hp(weight.float(), FP8, granularity, hp_value_lb=SMALLEST)
+        assert torch.equal(data.view(torch.uint8), theirs.qdata.view(torch.uint8)) and torch.equal(scale, theirs.scale)
+    data, larger = quantize_weight(weight, "weight_only")
+    assert torch.equal(larger, scale * HEADROOM) and torch.equal(data.float(), to_fp8(weight, larger).float())
 
 
 def test_the_product_of_torchao_is_the_reference():

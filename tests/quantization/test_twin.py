@@ -3,8 +3,10 @@
 import gc
 import os
 import weakref
+from types import SimpleNamespace
 
 import comfy.model_management
+import comfy.model_management as management
 import comfy.model_patcher
 import comfy.utils
 import pytest
@@ -18,8 +20,10 @@ from skein.demo.sampling import sample
 from skein.patchers import PLAIN_KEY, TWIN_KEY
 from skein.plan import CacheConfig, CompileConfig, FP8Config
 from skein.quantization import run
+from skein.quantization.layers import block_layers
 from skein.quantization.linear import QuantizedLinear, quantize_weight
 from skein.quantization.run import quantized
+from skein.quantization.twin import _make_room
 from skein.report import recent_runs
 from skein.techniques import TECHNIQUES
 from small_models import on_a_gpu, random_hunyuan_video
@@ -402,6 +406,21 @@ def test_another_mode_takes_the_place_of_the_first(model):
     sample(fp8(model, "per_tensor"), PROMPT, **SMALL)
     gc.collect()
     assert twin() is None and twin_of(model).modes[QKV] == "per_tensor"
+
+
+def test_fp8_weights_stay_on_the_device_where_the_run_has_room_beside_them(model, monkeypatch):
+    """Else each goes as it is made: there is no room for all, or what is left is in pieces between them."""
+    layers = list(block_layers(model.model, FP8Config(), "per_row"))
+    source = SimpleNamespace(load_device=torch.device("cuda"), model=model.model)
+    weights = [model.model.get_submodule(name).weight for name in layers]
+    fp8 = management.module_size(model.model) - sum(weight.nbytes - weight.numel() for weight in weights)
+    freed, free = [], [0.0]
+    monkeypatch.setattr(management, "free_memory", lambda size, device: freed.append(size))
+    monkeypatch.setattr(management, "get_free_memory", lambda device: free[0])
+    for work in (1e9, 16 * max(weight.numel() for weight in weights)):
+        need = fp8 + work + management.minimum_inference_memory()
+        for free[0], fits in ((need, True), (need - 1, False)):
+            assert _make_room(source, layers, work) == fits and freed[-1] == need
 
 
 def test_torchao_missing(model, monkeypatch):

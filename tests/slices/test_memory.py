@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import skein.estimate
+import torch
 from comfy.patcher_extension import WrappersMP
 from live_bytes import LiveBytes
 from skein import engine, live
-from skein.estimate import Load, work_bytes
+from skein.estimate import Load, room_bytes, work_bytes
 from skein.footprint import with_slices
 from skein.models import Network
 from skein.offloaded import ahead_bytes
@@ -85,7 +86,7 @@ def card(monkeypatch):
 
 def test_a_run_takes_slices_where_whole_blocks_have_no_room(card):
     case = CASES["HunyuanVideo"]
-    need = work_bytes(Load(36, 256, 256, size=4), ATTENTION) * skein.estimate.SPARE
+    need = room_bytes(Load(36, 256, 256, size=4), ATTENTION)
     for total, count in ((need + 1, 1), (need - 1, 4)):
         patcher = engine.edit(card(total), attention=AttentionConfig())
         assert with_slices(ATTENTION, patcher, case.latent).slices == SlicesConfig(count)
@@ -102,6 +103,29 @@ def test_a_model_without_such_blocks_is_not_promised_any(card):
     assert with_slices(ATTENTION, case.patcher(), case.latent) == ATTENTION
 
 
+def test_where_memory_runs_out_with_whole_blocks_the_sampling_begins_again_in_slices(card, caplog):
+    """Here it does so for a block's layer that is given all tokens."""
+    case = CASES["HunyuanVideo"]
+    patcher = engine.edit(card(1e12), attention=AttentionConfig())
+    whole, refused = sample(case, patcher, steps=2), []
+
+    def refuse(_layer, inputs):
+        if inputs[0].shape[1] >= 36:
+            refused.append(inputs[0].shape[1])
+            raise torch.OutOfMemoryError
+
+    layer = patcher.model.diffusion_model.double_blocks[1].img_mlp[0]
+    with layer.register_forward_pre_hook(refuse), caplog.at_level("WARNING", "skein"):
+        out = sample(case, patcher, steps=2)
+        assert len(refused) == 1 and engine.AGAIN in caplog.text
+        assert float((out - whole).norm() / whole.norm()) < 1e-5
+        by_hand = engine.edit(patcher, slices=SlicesConfig(1))
+        with pytest.raises(torch.OutOfMemoryError):
+            sample(case, by_hand, steps=2)
+        assert len(refused) == 2
+    assert torch.equal(sample(case, patcher, steps=2), whole)
+
+
 def test_comfyui_reckons_with_slices_for_the_run_only(card):
     """What it keeps free of weights."""
     case, asked = CASES["HunyuanVideo"], []
@@ -115,6 +139,6 @@ def test_comfyui_reckons_with_slices_for_the_run_only(card):
     patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "look", look)
     sample(case, patcher, steps=1)
     plan = replace(ATTENTION, slices=SlicesConfig(4))
-    need = work_bytes(Load(36, 256, 256, size=4), plan) * skein.estimate.SPARE
+    need = room_bytes(Load(36, 256, 256, size=4), plan)
     assert asked == [need + ahead_bytes(Network(patcher.model.diffusion_model))]
     assert patcher.model.memory_required(case.latent) == own

@@ -8,7 +8,7 @@ from skein.bench.vae_memory import FAMILIES, GIB, counted, ways
 from skein.plan import DecodeConfig
 from skein.vae import deferred
 from skein.vae.decode import decode
-from skein.vae.deferred import Away, Deferred, Local, UsedAgain, Whole, plain, step_of, used_up
+from skein.vae.deferred import Away, Deferred, Local, UsedAgain, Whole, plain, step_of, used_up, window
 from skein.vae.slices import Carried, computing_in_slices
 from skein.vae.whole import frames_in_slices
 from torch import nn
@@ -93,7 +93,7 @@ def test_carried_frames_may_wait_on_the_host(name, rows, monkeypatch):
     rows(ROWS["7"])
     model, z, away = vaes.build(name), vaes.latent(name, (1, 5, 3, 4)), []
     stock = model.decode(z)
-    monkeypatch.setattr("skein.vae.slices.Away", lambda frames: away.append(frames.nbytes) or Away(frames))
+    monkeypatch.setattr("skein.vae.slices.Away", lambda frames, host: away.append(host) or Away(frames, host))
     for room in (1 << 30, 100_000, 0):
         keep = Carried(room)
         away.clear()
@@ -103,6 +103,23 @@ def test_carried_frames_may_wait_on_the_host(name, rows, monkeypatch):
         assert keep.room == room  # none is left
         if name != "Wan 2.1":  # which keeps all of its activations
             assert bool(away) == (room < 1 << 30) and (room or len(away) >= 2 * 20)
+
+
+def test_carried_frames_use_the_hosts_memory_again_that_no_others_have():
+    keep, frames = Carried(0), torch.randn(1, 2, 3, 4, 5)
+    first = keep(frames)
+    second = keep(-frames)
+    place = first.host.data_ptr()
+    assert second.host.data_ptr() != place and torch.equal(_values(first), frames)
+    del first
+    assert keep(frames[:, :1]).host.data_ptr() != place  # of another shape
+    again = keep(2 * frames)
+    assert again.host.data_ptr() == place and torch.equal(_values(again), 2 * frames)
+    assert torch.equal(_values(second), -frames)
+
+
+def _values(step):
+    return window(step, (0, step.shape[2]), (0, step.shape[3]), step.host)
 
 
 # GiB of live tensors, 17 frames of 720p in 16 bits, beside the weights: as ComfyUI decodes; in slices at most;

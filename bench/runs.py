@@ -1,0 +1,60 @@
+"""One run of the 13 B model and its decode, step by step: seconds and peaks."""
+
+import os
+import time
+
+import comfy.model_management as memory
+import comfy.sd
+import torch
+from skein.bench import random_model as models
+from skein.bench.other_card.sitecustomize import CONTEXT
+from skein.bench.scaling import host_gib
+from skein.demo.sampling import sample
+from skein.plan import AttentionConfig, CompileConfig, DecodeConfig, FP8Config, Plan
+from skein.vae.decode import decode
+
+TEXT = 60
+FAST = Plan(attention=AttentionConfig(), fp8=FP8Config(), compile=CompileConfig())
+
+
+def stepped(model, arguments: dict) -> tuple[torch.Tensor, dict]:
+    """A run's result, and what it took. The first step counts in `run_s` alone: it compiles."""
+    ended: list[float] = []
+    pinned: list[int] = []
+
+    def step_ended(*_args) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        ended.append(time.perf_counter())
+        pinned.append(memory.TOTAL_PINNED_MEMORY)
+        if len(ended) == 1:
+            reset_peaks()
+
+    started = time.perf_counter()
+    out = sample(model, models.conditioning(TEXT), callback=step_ended, **arguments)
+    step_s = (ended[-1] - ended[0]) / (len(ended) - 1)
+    return out, {"step_s": step_s, "run_s": time.perf_counter() - started, "pinned_gb": max(pinned) / 1e9}
+
+
+def decoded(vae: comfy.sd.VAE, latent: torch.Tensor, by_skein: bool) -> dict:
+    """What a decode took, as after a run: the model is where that has left it."""
+    reset_peaks()
+    started = time.perf_counter()
+    decode(vae, latent, DecodeConfig()) if by_skein else vae.decode(latent)
+    took = {"s": time.perf_counter() - started, **peaks(), **host_gib([os.getpid()])}
+    return {f"decode_{name}": value for name, value in took.items()}
+
+
+def reset_peaks() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peaks() -> dict[str, float]:
+    """GB of this process's tensors at most, and of what its allocator kept with a CUDA context."""
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "tensors_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "peak_gb": (torch.cuda.max_memory_reserved() + CONTEXT) / 1e9,
+    }
