@@ -91,12 +91,15 @@ def take_off_weights(patcher: ModelPatcher) -> None:
     memory.soft_empty_cache(force=True)
 
 
-def take_off_unless_whole(patcher: ModelPatcher, work: float) -> None:
-    """Take a model's weights off its device where not all of them can stay beside so many bytes. ComfyUI would take off
-    some layers here and some there, and the memory of each is too small for what a run needs; loaded anew, those that
-    stay lie together."""
-    device, own = patcher.load_device, 0 if is_loaded(patcher.model) else patcher.loaded_size()
-    if device.type != "cpu" and patcher.loaded_size() and room_of(device) + own < patcher.model_size() + work:
+def take_off_unless_beside(patcher: ModelPatcher, work: float) -> None:
+    """Take a model's weights off its device where so many bytes have no room beside those that are there. ComfyUI would
+    take off some layers here and some there, and the memory of each is too small for what a run needs; loaded anew,
+    those that stay lie together."""
+    device, loaded = patcher.load_device, patcher.loaded_size()
+    if device.type == "cpu" or not loaded:
+        return
+    beside = room_of(device) - (loaded if is_loaded(patcher.model) else 0)
+    if beside < work:
         take_off_weights(patcher)
 
 

@@ -25,7 +25,7 @@ from .footprint import needed_bytes
 from .models import Network, Seam
 from .offloaded import CASTS, OffloadedBlocks, ahead_bytes
 from .parallel import Mesh, Sharding
-from .patchers import own_network, plain, take_off_unless_whole
+from .patchers import own_network, plain, take_off_unless_beside
 from .plan import PLAN_KEY, AttentionConfig, CacheConfig, Plan, SparseConfig
 from .quantization import quantized
 from .report import begin, note, publish, show, sparse_called
@@ -179,7 +179,7 @@ def _fetching(run: Sampling) -> Iterator[None]:
     run.seam.blocks.append(run.offloaded.around_block)
     with run.offloaded.on(), changed([(model, "memory_required", required)]):
         if run.latent and not patcher.is_dynamic():
-            take_off_unless_whole(patcher, max(run.work, model.memory_required(list(run.latent))))
+            take_off_unless_beside(patcher, max(run.work, model.memory_required(list(run.latent))))
         yield
 
 

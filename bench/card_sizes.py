@@ -26,7 +26,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-# Pieces of free memory can be joined, as in the allocator that ComfyUI chooses (cudaMallocAsync), which knows no limit.
+# A limit can be told to this allocator, and not to the one that ComfyUI chooses (cudaMallocAsync), which loses more
+# memory to pieces: bench/dynamic_card.py.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 ROOT = Path(__file__).resolve().parent.parent

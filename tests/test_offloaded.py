@@ -13,7 +13,7 @@ from offloading import Offloading
 from skein import engine, live
 from skein.demo.sampling import sample
 from skein.models import Network
-from skein.patchers import take_off_unless_whole, take_off_weights
+from skein.patchers import take_off_unless_beside, take_off_weights
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, SlicesConfig
 from skein.report import recent_runs
 from skein.units import bytes_text
@@ -119,15 +119,15 @@ def test_a_call_for_which_memory_runs_out_once_more_ends_the_run(tiny_model):
     assert torch.equal(sample(patcher, "a red circle", **SMALL), whole)  # and the next one runs as ever
 
 
-def test_weights_leave_the_device_where_not_all_of_them_can_stay_beside_the_run(tiny_model, monkeypatch):
+def test_weights_leave_the_device_where_a_run_has_no_room_beside_them(tiny_model, monkeypatch):
     memory.load_models_gpu([tiny_model])
     size, whole = tiny_model.loaded_size(), sample(tiny_model, "a red circle", **SMALL)
     own = tiny_model.load_device
     monkeypatch.setattr(tiny_model, "load_device", torch.device("cuda"))
     monkeypatch.setattr(skein.patchers, "room_of", lambda device: size + 1000)
-    take_off_unless_whole(tiny_model, 1000)
+    take_off_unless_beside(tiny_model, 1000)
     assert tiny_model.loaded_size() == size > 0
-    take_off_unless_whole(tiny_model, 1001)
+    take_off_unless_beside(tiny_model, 1001)
     assert tiny_model.loaded_size() < size / 10
     monkeypatch.setattr(tiny_model, "load_device", own)
     assert torch.equal(sample(tiny_model, "a red circle", **SMALL), whole)

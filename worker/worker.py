@@ -16,7 +16,7 @@ from ..estimate import Load, room_bytes
 from ..models import OPTIONS, Network, entry_of, first_tensor
 from ..offloaded import ahead_bytes
 from ..parallel.mesh import Mesh
-from ..patchers import loaded_entries, room_of, take_off_unless_whole
+from ..patchers import loaded_entries, room_of, take_off_unless_beside
 from ..plan import Plan
 from .decoder import Decoder
 from .model import Model
@@ -89,7 +89,7 @@ class Worker:
         need = room_bytes(load, self.plan, self.mesh.world) + (ahead_bytes(network) if self.plan.loads_plainly else 0)
         if self.reserved is not None and need <= self.reserved:
             return
-        take_off_unless_whole(patcher, need)
+        take_off_unless_beside(patcher, need)
         memory.load_models_gpu([patcher], memory_required=need)
         if self.reserved is None:
             patcher.pre_run()
