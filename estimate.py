@@ -23,8 +23,9 @@ EXCHANGED = 2.0  # more on each of several GPUs: queries, keys and values on the
 WHOLE = 1.6  # and of the whole video's tokens: as the first block is given them, and as the last one leaves them
 FIXED = 20e6  # bytes: embedders, the latent
 TEXT_TOKENS = 256  # where the text is not known
-# The same that an allocator loses to pieces between tensors that fit none, with whole blocks, whose widest tensor has
-# five, and with blocks in slices. Measured with cudaMallocAsync, which ComfyUI uses (bench/dynamic_card.py).
+# What an allocator loses, in hidden states, to pieces between tensors that are too small for the next one: with whole
+# blocks, whose widest tensor has five, and in slices. Measured with cudaMallocAsync, which ComfyUI uses
+# (bench/dynamic_card.py).
 LOST, LOST_IN_SLICES = 5.0, 2.2
 
 
@@ -43,7 +44,7 @@ class Load:
 
     @property
     def state(self) -> int:
-        """Bytes of a hidden state's token, of all samples."""
+        """Bytes of one token of a hidden state, in all samples."""
         return self.batch * self.width * self.size
 
     @classmethod

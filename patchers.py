@@ -96,10 +96,8 @@ def take_off_unless_beside(patcher: ModelPatcher, work: float) -> None:
     take off some layers here and some there, and the memory of each is too small for what a run needs; loaded anew,
     those that stay lie together."""
     device, loaded = patcher.load_device, patcher.loaded_size()
-    if device.type == "cpu" or not loaded:
-        return
     beside = room_of(device) - (loaded if is_loaded(patcher.model) else 0)
-    if beside < work:
+    if loaded and device != patcher.offload_device and beside < work:
         take_off_weights(patcher)
 
 

@@ -24,14 +24,12 @@ from pack import load_pack  # noqa: E402
 
 load_pack()
 
-import comfy.memory_management  # noqa: E402
-import comfy.model_management  # noqa: E402
-import comfy.model_patcher  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from skein import engine  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
 from skein.bench.errors import relative_error  # noqa: E402
+from skein.bench.loading import switch_dynamic_on  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.bench.vae import random_vae  # noqa: E402
 from skein.demo.sampling import sample  # noqa: E402
@@ -79,12 +77,8 @@ def decodes() -> list[dict]:
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("skein").setLevel(logging.INFO)
-    device = comfy.model_management.get_torch_device()
-    if not comfy_aimdo.control.init_devices([(device.index, 0)]):
-        sys.exit("This machine's comfy-aimdo does not work, so there is no dynamic VRAM to check.")
+    switch_dynamic_on()
     comfy_aimdo.control.set_log_warning()
-    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
-    comfy.memory_management.aimdo_enabled = True
     rows = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         model = comfy.sd.load_diffusion_model(models.random_checkpoint(folder, models.hunyuan_video(2, 4)))

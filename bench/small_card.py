@@ -118,6 +118,7 @@ def main() -> None:
             "slices": plan.slices.count if plan.slices else 1, "tensors_gb": peaks["peak_bytes"] / 1e9,
             "peak_gb": (peaks["reserved_bytes"] + CONTEXT) / 1e9, "estimated_work_gb": estimate / 1e9, **host,
         }  # fmt: skip
+        print(row, flush=True)
         row["error_of_second_run"] = relative_error(sampled(), out)
         if options.world != 1:  # one worker's video is decoded by this process, which may have the whole GPU
             vae = random_vae("HunyuanVideo")

@@ -30,7 +30,7 @@ HEADROOM = 8  # weight_only: how far LoRA may grow a row under its scale; floati
 FEW_ROWS = 4  # that a weight is read again for each of
 WIDE = 8192  # in_features from which on the compiler reads a row twice
 CHUNK = 1 << 25  # values quantized at a time where no compiler fuses the steps
-WEIGHT_CHUNK = 1 << 22  # of a weight: what is kept of it then lies in one piece with the others', and leaves no holes
+WEIGHT_CHUNK = 1 << 22  # of a weight: larger steps would leave holes between the FP8 weights that stay
 
 
 class QuantizedLinear(nn.Module):
