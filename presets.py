@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import conflicts, needs
-from .estimate import room_bytes
-from .footprint import coming_bytes, expected_bytes, load_of, usable_bytes, with_slices, world_of
+from .footprint import expected_bytes, needed_bytes, usable_bytes, with_slices, world_of
 from .models import Network
 from .patchers import own_network
 from .plan import (
@@ -109,12 +108,8 @@ class Case:
 
     def has_room(self, plan: Plan) -> bool:
         """Whether each device has room for a run under a plan, be the weights wherever they are."""
-        load = load_of(self.patcher, self.latent)
-        if load is None:
-            return True
         plan = with_slices(plan, self.patcher, self.latent)
-        coming = coming_bytes(self.patcher.model, self.network, plan)
-        return room_bytes(load, plan, world_of(plan)) + coming <= self.usable
+        return needed_bytes(plan, self.patcher, self.latent) <= self.usable
 
     def weights_come(self, plan: Plan) -> bool:
         """Whether weights that do not fit come while blocks run: not those in ComfyUI's quantized forms."""

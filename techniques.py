@@ -61,11 +61,6 @@ class Sampling:
         """The run's own transformer_options."""
         return self.guider.model_options["transformer_options"]
 
-    @property
-    def work(self) -> float:
-        """Bytes that must be free on the device beside the weights; 0 where that is not known."""
-        return needed_bytes(self.plan, self.guider.model_patcher, self.latent) if self.latent else 0
-
 
 @contextmanager
 def delegating(run: Sampling) -> Iterator[None]:
@@ -94,8 +89,9 @@ def _quantizing(run: Sampling) -> Iterator[None]:
         return
     guider, source = run.guider, run.guider.model_patcher
     conflicts.watch(run.options, "fp8", source)
+    work = needed_bytes(run.plan, source, run.latent) if run.latent else 0
     try:
-        with quantized(source, run.plan.fp8, run.work) as guider.model_patcher:
+        with quantized(source, run.plan.fp8, work) as guider.model_patcher:
             yield
     finally:
         guider.model_patcher = source
@@ -179,20 +175,21 @@ def _fetching(run: Sampling) -> Iterator[None]:
     run.seam.blocks.append(run.offloaded.around_block)
     with run.offloaded.on(), changed([(model, "memory_required", required)]):
         if run.latent and not patcher.is_dynamic():
-            take_off_unless_beside(patcher, max(run.work, model.memory_required(list(run.latent))))
+            take_off_unless_beside(patcher, model.memory_required(list(run.latent)))
         yield
 
 
 def _memory_required(
     model: Any, plan: Plan, own: Callable, input_shape: Sequence[int], *conds: Any, **named: Any
 ) -> float:
-    """A model's memory_required, by which ComfyUI leaves weights off the device: its own knows neither of slices nor of
-    weights that come ahead."""
-    network = Network(model.diffusion_model)
-    # Of several latents packed into one the shape says nothing.
-    if "slices" not in plan.techniques or len(input_shape) < 4:
-        return own(input_shape, *conds, **named) + ahead_bytes(network)
-    return room_bytes(Load.of(network, input_shape, model.get_dtype_inference().itemsize), plan) + ahead_bytes(network)
+    """A model's memory_required, by which ComfyUI leaves weights off the device: its own knows nothing of slices, of
+    weights that come ahead, and of what the allocator loses."""
+    network, room = Network(model.diffusion_model), 0.0
+    if len(input_shape) >= 4:  # of several latents packed into one the shape says nothing
+        room = room_bytes(Load.of(network, input_shape, model.get_dtype_inference().itemsize), plan)
+    if "slices" not in plan.techniques or not room:
+        room = max(room, own(input_shape, *conds, **named))
+    return room + ahead_bytes(network)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +36,7 @@ from skein.bench import random_model as models  # noqa: E402
 from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.one_card import workers_on_one_card  # noqa: E402
 from skein.bench.other_card.sitecustomize import CONTEXT, limited  # noqa: E402
+from skein.bench.runs import FAST, TEXT  # noqa: E402
 from skein.bench.scaling import host_gib  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.bench.vae import random_vae  # noqa: E402
@@ -44,18 +46,12 @@ from skein.estimate import Load, work_bytes  # noqa: E402
 from skein.footprint import with_slices  # noqa: E402
 from skein.forecast import TIMES  # noqa: E402
 from skein.plan import (  # noqa: E402
-    AttentionConfig,
-    CompileConfig,
     DecodeConfig,
-    FP8Config,
     ParallelConfig,
-    Plan,
     SlicesConfig,
 )
 from skein.vae.decode import decode  # noqa: E402
 from skein.workers import group  # noqa: E402
-
-TEXT = 60
 
 
 def timed(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
@@ -87,10 +83,11 @@ def main() -> None:
         "SKEIN_CARD_BYTES": str(size),
         "PYTORCH_ALLOC_CONF": f"per_process_memory_fraction:{(size - CONTEXT) / whole:.4f},expandable_segments:True",
     }
-    plan = Plan(
-        None, AttentionConfig(), FP8Config(), CompileConfig(), ParallelConfig("all") if options.world else None,
+    plan = replace(
+        FAST,
+        parallel=ParallelConfig("all") if options.world else None,
         slices=SlicesConfig(options.slices) if options.slices else None,
-    )  # fmt: skip
+    )
     latent = torch.zeros(models.latent_shape(options.width, options.height, options.frames))
     tokens = latent.shape[2] * latent.shape[3] * latent.shape[4] // 4
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder, ExitStack() as card:

@@ -26,8 +26,8 @@ import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
 from skein.attributes import changed  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
-from skein.estimate import advice, room_bytes, work_bytes  # noqa: E402
-from skein.footprint import coming_bytes, load_of, weight_bytes, with_slices  # noqa: E402
+from skein.estimate import advice, work_bytes  # noqa: E402
+from skein.footprint import load_of, needed_bytes, weight_bytes, with_slices  # noqa: E402
 from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan, PresetConfig  # noqa: E402
 from skein.presets import Case, Choice, fit_cache  # noqa: E402
 
@@ -65,7 +65,7 @@ def row_of(patcher: "ModelPatcher", size: tuple[int, int, int], gib: int) -> dic
     fit_cache(choice, case)
     plan = with_slices(choice.plan, patcher, case.latent)
     weights = weight_bytes(patcher.model, plan)
-    need = weights + room_bytes(load, plan) + coming_bytes(patcher.model, case.network, plan)
+    need = weights + needed_bytes(plan, patcher, case.latent)
     return {
         "size": "{} x {} x {}".format(*size), "card_gib": gib, "fits": not advice(load, plan, case.usable),
         "work_gb": work_bytes(load, plan) / 1e9, "slices": plan.slices.count if plan.slices else 1,

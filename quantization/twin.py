@@ -88,7 +88,7 @@ class Twin:
     def _quantize(self, source: ModelPatcher, work: float) -> bool:
         """Replace the layers one by one; whether all of them are on the load device in the end.
 
-        The FP8 weights stay there if there is room. So the peak is one layer above what the twin takes.
+        The FP8 weights stay there if there was room for all beforehand: those of some would lie in the way.
         """
         device, offload = source.load_device, source.offload_device
         resident = _make_room(source, self.modes, work)
@@ -97,15 +97,11 @@ class Twin:
             layer = QuantizedLinear(*merged_weights(source, name), mode)
             comfy.utils.set_attr(self.model, name, layer)
             self.merged[name] = _patches(source, name)
-            if resident and not _room_for(0, device):
+            if resident and not _room_for(0, device):  # another program has taken some meanwhile
                 resident = False
                 self.model.to(offload)
             if not resident:
                 layer.to(offload)
-        rest = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.device != device)
-        if resident and not _room_for(rest, device):
-            resident = False
-            self.model.to(offload)
         return resident
 
 

@@ -1,6 +1,7 @@
 """Blocks whose weights are not on the device (offloading.py)."""
 
 import threading
+from types import SimpleNamespace
 
 import comfy.model_management as memory
 import pytest
@@ -14,8 +15,9 @@ from skein import engine, live
 from skein.demo.sampling import sample
 from skein.models import Network
 from skein.patchers import take_off_unless_beside, take_off_weights
-from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, SlicesConfig
+from skein.plan import AttentionConfig, CacheConfig, CompileConfig, FP8Config, Plan, SlicesConfig
 from skein.report import recent_runs
+from skein.techniques import Sampling, _fetching
 from skein.units import bytes_text
 from torch._dynamo.utils import counters
 
@@ -133,6 +135,24 @@ def test_weights_leave_the_device_where_a_run_has_no_room_beside_them(tiny_model
     assert torch.equal(sample(tiny_model, "a red circle", **SMALL), whole)
 
 
+def test_before_comfyui_loads_a_run_tells_what_it_needs(tiny_model, monkeypatch):
+    needs = []
+    monkeypatch.setattr("skein.techniques.take_off_unless_beside", lambda patcher, work: needs.append((patcher, work)))
+    patcher = engine.edit(tiny_model, **COMPILED)
+    sample(patcher, "a red circle", **{**SMALL, "steps": 1})
+    ((run, work),) = needs
+    assert run.model is tiny_model.model and work > tiny_model.model.memory_required(SMALL["shape"])
+
+
+@pytest.mark.parametrize(("world", "again"), [(1, True), (2, False)])
+def test_of_several_processes_none_makes_a_call_again(tiny_model, world, again):
+    """The others would wait for it."""
+    guider = SimpleNamespace(model_patcher=tiny_model, model_options=tiny_model.model_options)
+    run = Sampling(Plan(**FP8), guider, SimpleNamespace(world=world))
+    with _fetching(run):
+        assert (run.offloaded.patcher is tiny_model) == again
+
+
 def test_blocks_on_the_device_are_left_alone(tiny_model, offloading):
     offloading.paths = PATHS[2:3]
     patcher = engine.edit(tiny_model, **FP8)
@@ -192,9 +212,11 @@ def test_an_error_in_the_middle_leaves_nothing(tiny_model, offloading, monkeypat
     assert offloading.log.count("begun") == offloading.log.count("came") == 8
 
 
-def test_comfyui_keeps_room_for_two_blocks_during_the_run_only(tiny_model):
+@pytest.mark.parametrize("more", [-1, 1000], ids=["as ComfyUI reckons", "as we do"])
+def test_comfyui_keeps_room_for_the_call_and_two_blocks_during_the_run_only(tiny_model, more, monkeypatch):
     model, asked = tiny_model.model, []
     before = model.memory_required(SMALL["shape"])
+    monkeypatch.setattr("skein.techniques.room_bytes", lambda load, plan: before + more)
 
     def look(executor, *args, **kwargs):
         asked.append(model.memory_required(SMALL["shape"], cond_shapes={}))
@@ -204,7 +226,7 @@ def test_comfyui_keeps_room_for_two_blocks_during_the_run_only(tiny_model):
     patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "look", look)
     sample(patcher, "a red circle", **SMALL)
     blocks = [sum(w.nbytes for w in each.module.parameters()) for each in Network(model.diffusion_model).blocks]
-    assert asked == [before + 2 * max(blocks)] and model.memory_required(SMALL["shape"]) == before
+    assert asked == [before + max(more, 0) + 2 * max(blocks)] and model.memory_required(SMALL["shape"]) == before
 
 
 def test_partly_loaded_by_comfyui_blocks_make_no_other_graph(tiny_model, monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from live_bytes import LiveBytes
 from skein.bench.errors import relative_error
 from skein.float8 import FP8, SMALLEST
 from skein.quantization.linear import (
@@ -107,6 +108,16 @@ def test_weights_are_quantized_as_torchao_does_it(dtype, monkeypatch):
         assert torch.equal(data.view(torch.uint8), theirs.qdata.view(torch.uint8)) and torch.equal(scale, theirs.scale)
     data, larger = quantize_weight(weight, "weight_only")
     assert torch.equal(larger, scale * HEADROOM) and torch.equal(data.float(), to_fp8(weight, larger).float())
+
+
+def test_a_weight_is_quantized_with_little_beside_it(monkeypatch):
+    """What is made on the way is freed between the FP8 weights that stay."""
+    weight, small = torch.randn(512, 64).bfloat16(), 64 * 16
+    monkeypatch.setattr("skein.quantization.linear.WEIGHT_CHUNK", small)
+    for mode in MODES:
+        with LiveBytes() as live:
+            data, scale = quantize_weight(weight, mode)
+        assert live.peak < data.nbytes + 4 * scale.nbytes + 4 * 4 * small
 
 
 def test_the_product_of_torchao_is_the_reference():

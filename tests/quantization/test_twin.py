@@ -6,7 +6,6 @@ import weakref
 from types import SimpleNamespace
 
 import comfy.model_management
-import comfy.model_management as management
 import comfy.model_patcher
 import comfy.utils
 import pytest
@@ -17,6 +16,8 @@ from skein import engine
 from skein.attributes import changed
 from skein.bench.errors import relative_error
 from skein.demo.sampling import sample
+from skein.engine import plan_of
+from skein.footprint import needed_bytes, with_slices
 from skein.patchers import PLAIN_KEY, TWIN_KEY
 from skein.plan import CacheConfig, CompileConfig, FP8Config
 from skein.quantization import run
@@ -254,9 +255,9 @@ def test_stopped_while_requantizing_the_next_run_goes_on(model, monkeypatch):
 
 def test_without_room_the_fp8_weights_wait_where_comfyui_offloads_to(model, monkeypatch):
     on = sample(fp8(model), PROMPT, **SMALL)
-    for room in (lambda size, device: False, lambda size, device: size == 0):
+    for room in ("_room_for", "_make_room"):  # meanwhile, and beforehand
         kept_of(model).value = None
-        monkeypatch.setattr("skein.quantization.twin._room_for", room)
+        monkeypatch.setattr(f"skein.quantization.twin.{room}", lambda *_: False)
         monkeypatch.setattr(model, "load_device", torch.device("cpu", 0))  # another name, so that a rest is left
         with quantized(model, FP8Config("per_row")) as patcher:
             assert patcher.loaded_size() == 0
@@ -413,14 +414,23 @@ def test_fp8_weights_stay_on_the_device_where_the_run_has_room_beside_them(model
     layers = list(block_layers(model.model, FP8Config(), "per_row"))
     source = SimpleNamespace(load_device=torch.device("cuda"), model=model.model)
     weights = [model.model.get_submodule(name).weight for name in layers]
-    fp8 = management.module_size(model.model) - sum(weight.nbytes - weight.numel() for weight in weights)
+    fp8 = comfy.model_management.module_size(model.model) - sum(weight.nbytes - weight.numel() for weight in weights)
     freed, free = [], [0.0]
-    monkeypatch.setattr(management, "free_memory", lambda size, device: freed.append(size))
-    monkeypatch.setattr(management, "get_free_memory", lambda device: free[0])
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda size, device: freed.append(size))
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: free[0])
     for work in (1e9, 16 * max(weight.numel() for weight in weights)):
-        need = fp8 + work + management.minimum_inference_memory()
+        need = fp8 + work + comfy.model_management.minimum_inference_memory()
         for free[0], fits in ((need, True), (need - 1, False)):
             assert _make_room(source, layers, work) == fits and freed[-1] == need
+
+
+def test_a_run_tells_what_it_needs_beside_the_weights(model, monkeypatch):
+    needs = []
+    monkeypatch.setattr("skein.quantization.twin._make_room", lambda source, modes, work: needs.append(work) or True)
+    patcher = fp8(model)
+    sample(patcher, PROMPT, **SMALL)
+    assert needs == [needed_bytes(with_slices(plan_of(patcher), patcher, SMALL["shape"]), patcher, SMALL["shape"])]
+    assert needs[0] > 0
 
 
 def test_torchao_missing(model, monkeypatch):
