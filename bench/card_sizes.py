@@ -44,15 +44,12 @@ from skein.attributes import changed  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
 from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.other_card.sitecustomize import CONTEXT, limited  # noqa: E402
-from skein.bench.runs import FAST, decoded, peaks, stepped  # noqa: E402
+from skein.bench.runs import FAST, decoded, estimated_gb, peaks, stepped  # noqa: E402
 from skein.bench.scaling import host_gib  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.bench.vae import random_vae  # noqa: E402
-from skein.estimate import work_bytes  # noqa: E402
-from skein.footprint import coming_bytes, load_of, weight_bytes, with_slices  # noqa: E402
-from skein.models import Network  # noqa: E402
 from skein.out_of_memory import is_out_of_memory  # noqa: E402
-from skein.plan import Plan, SlicesConfig  # noqa: E402
+from skein.plan import SlicesConfig  # noqa: E402
 
 BLOCKS_WHOLE = replace(FAST, slices=SlicesConfig(1))
 PLANS = {"skein": FAST, "when needed": FAST, "blocks whole": BLOCKS_WHOLE}
@@ -112,27 +109,12 @@ def measured(
             if not is_out_of_memory(error):
                 raise
             return row | {"out_of_memory": str(error).partition("\n")[0]}, None
-        row |= times | {
-            **peaks(),
-            "weights_on_card_gb": torch.cuda.memory_allocated() / 1e9,
-            **host_gib([os.getpid()]),
-        }
+        row |= times | peaks() | host_gib([os.getpid()])
         if name in PLANS:
-            row["estimate_gb"] = row["weights_on_card_gb"] + estimated(PLANS[name], model, arguments["latent"]) / 1e9
+            row["estimate_gb"] = estimated_gb(PLANS[name], model, arguments["latent"])
         if vae is not None:
             row |= decoded(vae, out, by_skein=name != "stock")
     return row, out
-
-
-def estimated(plan: Plan, patcher, latent: torch.Tensor) -> float:
-    """Bytes that Skein expects a run to take of the card, beside the weights that stay there."""
-    plan = with_slices(plan, patcher, latent.shape)
-    load = load_of(patcher, latent.shape)
-    assert load is not None
-    spare = memory.get_free_memory(patcher.load_device) - work_bytes(load, plan)
-    weights = weight_bytes(patcher.model, plan) - torch.cuda.memory_allocated()
-    coming = coming_bytes(patcher.model, Network(patcher.model.diffusion_model), plan) if weights > spare else 0
-    return work_bytes(load, plan) + coming
 
 
 def link() -> dict:

@@ -10,6 +10,9 @@ from skein.bench import random_model as models
 from skein.bench.other_card.sitecustomize import CONTEXT
 from skein.bench.scaling import host_gib
 from skein.demo.sampling import sample
+from skein.estimate import work_bytes
+from skein.footprint import coming_bytes, load_of, weight_bytes, with_slices
+from skein.models import Network
 from skein.plan import AttentionConfig, CompileConfig, DecodeConfig, FP8Config, Plan
 from skein.vae.decode import decode
 
@@ -51,10 +54,23 @@ def reset_peaks() -> None:
 
 
 def peaks() -> dict[str, float]:
-    """GB of this process's tensors at most, and of what its allocator kept with a CUDA context."""
+    """GB of this process's tensors at most and now (after a run: weights), and of what its allocator kept with a CUDA
+    context."""
     if not torch.cuda.is_available():
         return {}
     return {
         "tensors_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "weights_on_card_gb": torch.cuda.memory_allocated() / 1e9,
         "peak_gb": (torch.cuda.max_memory_reserved() + CONTEXT) / 1e9,
     }
+
+
+def estimated_gb(plan: Plan, patcher, latent: torch.Tensor) -> float:
+    """GB of tensors that Skein expects a run to have on the GPU at most, beside the weights that are there after it."""
+    plan = with_slices(plan, patcher, latent.shape)
+    load = load_of(patcher, latent.shape)
+    assert load is not None
+    work, there = work_bytes(load, plan), torch.cuda.memory_allocated()
+    away = weight_bytes(patcher.model, plan) - there > memory.get_free_memory(patcher.load_device) - work
+    coming = coming_bytes(patcher.model, Network(patcher.model.diffusion_model), plan) if away else 0
+    return (there + work + coming) / 1e9
