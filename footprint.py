@@ -83,3 +83,10 @@ def expected_bytes(plan: Plan, patcher: "ModelPatcher", latent: Sequence[int]) -
     """Bytes that a run needs on each device; None where they are not known."""
     load = load_of(patcher, latent)
     return None if load is None else weight_bytes(patcher.model, plan) + work_bytes(load, plan, world_of(plan))
+
+
+def taken_bytes(plan: Plan, patcher: "ModelPatcher", latent: Sequence[int]) -> float | None:
+    """Bytes of each device that a run takes, as is expected: what it needs, or all that it can have, where that is less
+    and weights stay in the computer's memory. None where they are not known."""
+    needed = expected_bytes(plan, patcher, latent)
+    return None if needed is None else min(needed, usable_bytes(patcher.load_device))

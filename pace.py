@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import conflicts, live
-from .footprint import expected_bytes, world_of
+from .footprint import taken_bytes, world_of
 from .forecast import TIMES, Forecast, Job, job_of
 from .plan import PresetConfig
 from .presets import Choice, words
@@ -107,13 +107,15 @@ def followed(
         yield callback
         say(_lines(chosen, *without))
         return
-    pace, size = Pace(job, steps, patcher.load_device, say), expected_bytes(plan, patcher, shape)
+    pace, size = Pace(job, steps, patcher.load_device, say), taken_bytes(plan, patcher, shape)
     forecast = pace.forecast
     if forecast is None:
         live.expect(None, "", size, steps)
     else:
         live.expect(forecast.seconds, forecast.source, size, steps)
-    say(f"{chosen}: {expectation(forecast, size)}")
+    expected = f"{chosen}: {expectation(forecast, size)}"
+    logger.info("Skein: %s", expected)
+    say(expected)
     with live.telling_activity(say):
         yield pace.around_callback(callback)
     came = f"{chosen}: {outcome(pace.finish())}"

@@ -20,7 +20,6 @@ import logging
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -44,16 +43,15 @@ from skein.attributes import changed  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
 from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.other_card.sitecustomize import CONTEXT, limited  # noqa: E402
-from skein.bench.runs import FAST, decoded, estimated_gb, peaks, stepped  # noqa: E402
+from skein.bench.runs import FAST, decoded, estimated_gb, link, link_of, peaks, stepped  # noqa: E402
 from skein.bench.scaling import host_gib  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.bench.vae import random_vae  # noqa: E402
 from skein.out_of_memory import is_out_of_memory  # noqa: E402
-from skein.plan import SlicesConfig  # noqa: E402
+from skein.plan import DecodeConfig, SlicesConfig  # noqa: E402
 
 BLOCKS_WHOLE = replace(FAST, slices=SlicesConfig(1))
 PLANS = {"skein": FAST, "when needed": FAST, "blocks whole": BLOCKS_WHOLE}
-COPIED = 1 << 30  # bytes, to measure the link by
 
 
 @contextmanager
@@ -77,26 +75,6 @@ def card_of(gb: float) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-@contextmanager
-def link_of(gb_s: float, there: dict) -> Iterator[None]:
-    """Within: blocks' weights come at so many GB a second; 0: as they do. there: the link that there is."""
-    if not gb_s:
-        yield
-        return
-    once = offloaded.copy
-
-    def slowly(target: torch.Tensor, source: torch.Tensor) -> None:
-        times = there["pinned" if source.is_pinned() else "pageable"] / gb_s
-        for _ in range(max(int(times), 1)):
-            once(target, source)
-        again = int((times % 1) * len(target)) if times > 1 and target.ndim else 0
-        if again:
-            once(target[:again], source[:again])
-
-    with changed([(offloaded, "copy", slowly)]):
-        yield
-
-
 def measured(
     name: str, gb: float, model, arguments: dict, vae: comfy.sd.VAE | None
 ) -> tuple[dict, torch.Tensor | None]:
@@ -113,27 +91,8 @@ def measured(
         if name in PLANS:
             row["estimate_gb"] = estimated_gb(PLANS[name], model, arguments["latent"])
         if vae is not None:
-            row |= decoded(vae, out, by_skein=name != "stock")
+            row |= decoded(vae, out, None if name == "stock" else DecodeConfig())
     return row, out
-
-
-def link() -> dict:
-    """GB a second from the host's memory to the GPU, pinned and not."""
-    rates = {}
-    for name, pinned in (("pinned", True), ("pageable", False)):
-        source, target = (
-            torch.empty(COPIED, dtype=torch.uint8, pin_memory=pinned),
-            torch.empty(COPIED, dtype=torch.uint8),
-        )
-        source.random_(0, 255)
-        target = target.cuda()
-        for _ in range(3):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            target.copy_(source, non_blocking=True)
-            torch.cuda.synchronize()
-            rates[name] = COPIED / (time.perf_counter() - started) / 1e9
-    return rates
 
 
 def main() -> None:

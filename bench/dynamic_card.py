@@ -1,15 +1,17 @@
 """The 13 B model on a card of so many GB under ComfyUI's dynamic VRAM, as its server has it: ComfyUI alone, and Skein.
 
     python3 -m bench.dynamic_card [--gb 24 16 12] [--ways skein stock] [--width 1280 --height 720 --frames 129]
-        [--steps 2] [--cache] [--again] [--no-decode] [--folder PATH]
+        [--steps 2] [--cache] [--again] [--links 25 12] [--tiles] [--no-decode] [--folder PATH]
 
 All 60 blocks and a VAE of true size, random weights. Each row is a fresh process with ComfyUI's dynamic VRAM and
 allocator, while this one holds the rest of the GPU's memory: no limit is told to any allocator. skein: FP8, attention,
-compiled blocks, and Skein's VAE Decode. --cache: with a cache that keeps its states and reuses no call. Each row: seconds a step (the first one counts in `run_s` alone: it compiles),
-of the whole run and of the decode, peaks of PyTorch's tensors and what Skein expects of them, what the process took of
-the card at most (dynamic VRAM takes what is free), ComfyUI's pins and the host's memory, with --again the same of a
-second run; after both ways, how far the results are apart. Ends with one JSON line. On a CPU there is neither a limit
-nor dynamic VRAM.
+compiled blocks, and Skein's VAE Decode. --cache: with a cache that keeps its states and reuses no call; --again: a
+second run, and decode; --links: more runs with blocks' weights that come from the host at so many GB a second; --tiles:
+another decode, in tiles.
+Each row: seconds a step (the first one counts in `run_s` alone: it compiles), of the whole run and of the decode, peaks
+of PyTorch's tensors and what Skein expects of them, what the process took of the card at most (dynamic VRAM takes what
+is free), ComfyUI's pins and the host's memory; after both ways, how far the results are apart. Ends with one JSON line.
+On a CPU there is neither a limit nor dynamic VRAM.
 """
 
 import argparse
@@ -48,12 +50,12 @@ from skein.attributes import changed  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
 from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.loading import switch_dynamic_on  # noqa: E402
-from skein.bench.runs import FAST, decoded, estimated_gb, peaks, reset_peaks, stepped  # noqa: E402
+from skein.bench.runs import FAST, decoded, estimated_gb, link, link_of, peaks, reset_peaks, stepped  # noqa: E402
 from skein.bench.scaling import host_gib  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.bench.vae import random_vae  # noqa: E402
 from skein.out_of_memory import is_out_of_memory  # noqa: E402
-from skein.plan import CacheConfig  # noqa: E402
+from skein.plan import CacheConfig, DecodeConfig  # noqa: E402
 
 SIZES = dict(width=1280, height=720, frames=129, steps=2, double=models.DOUBLE, single=models.SINGLE, hidden=3072)
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}  # which ComfyUI's main.py chooses
@@ -68,20 +70,27 @@ def row(given: argparse.Namespace) -> dict:
     planned = engine.edit(model, **vars(plan)) if given.way == "skein" else model
     latent = torch.zeros(models.latent_shape(given.width, given.height, given.frames))
     vae = None if given.no_decode else random_vae("HunyuanVideo")
-    measured: dict = {"dynamic": model.is_dynamic()}
-    free = torch.cuda.mem_get_info
+    arguments, measured = {"latent": latent, "steps": given.steps}, {"dynamic": model.is_dynamic()}
+    skein, free = given.way == "skein" and torch.cuda.is_available(), torch.cuda.mem_get_info
     with changed([(torch.cuda, "mem_get_info", lambda device=None: (free(device)[0], size))]):
         try:
             for run in ("", "again_")[: 1 + given.again]:
                 reset_peaks()
-                out, took = stepped(planned, {"latent": latent, "steps": given.steps})
+                out, took = stepped(planned, arguments)
                 took |= peaks() | host_gib([os.getpid()]) | {"finite": bool(out.isfinite().all())}
-                if given.way == "skein" and torch.cuda.is_available():
+                if skein:
                     took["estimate_gb"] = estimated_gb(plan, model, latent)
                 torch.save(out, given.out)
                 if vae is not None:
-                    took |= decoded(vae, out, by_skein=given.way == "skein")
+                    took |= decoded(vae, out, DecodeConfig() if given.way == "skein" else None)
                 measured |= {run + name: value for name, value in took.items()}
+            there = link() if skein and given.links else {}
+            for rate in given.links if there else ():
+                with link_of(rate, there):
+                    measured[f"step_s_at_{rate:g}_gb_s"] = stepped(planned, arguments)[1]["step_s"]
+            if given.tiles and vae is not None:
+                took = decoded(vae, out, DecodeConfig("tiled"))
+                measured |= {f"tiles_{name}": value for name, value in took.items()}
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -134,7 +143,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--gb", type=float, nargs="*", default=[24.0, 16.0, 12.0])
     parser.add_argument("--ways", nargs="*", default=["skein", "stock"], choices=["skein", "stock"])
-    for name in ("--cache", "--again", "--no-decode"):
+    parser.add_argument("--links", type=float, nargs="*", default=[])
+    for name in ("--cache", "--again", "--tiles", "--no-decode"):
         parser.add_argument(name, action="store_true")
     parser.add_argument("--folder", help="where the model's file is made, or is; a temporary folder is removed again")
     for name in (WAY, "--file", "--out"):
@@ -154,6 +164,7 @@ def main() -> None:
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         file = f"{given.folder or folder}/random.safetensors"
         if not Path(file).exists():
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
             models.random_checkpoint(
                 str(Path(file).parent), models.hunyuan_video(given.double, given.single, given.hidden)
             )

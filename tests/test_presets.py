@@ -195,6 +195,14 @@ def test_the_node_says_what_was_chosen_before_and_after(tiny_model, shown):
     assert torch.equal(first, sample(model, TEXT, **SMALL))
 
 
+def test_what_a_run_takes_is_said_without_the_node_and_is_no_more_than_the_device_has(tiny_model, monkeypatch, caplog):
+    monkeypatch.setattr("comfy.model_management.get_total_memory", lambda device: 3_000_000)
+    with caplog.at_level("INFO", "skein"):
+        sample(engine.edit(tiny_model, attention=AttentionConfig()), TEXT, **SMALL)
+    begins, _, ends = next(text for text in caplog.messages if text.endswith(" MB")).partition("; ")
+    assert begins.startswith("Skein: Attention: ") and ends == "about 3.0 MB"
+
+
 @pytest.mark.parametrize("settings", [{"preset": "turbo"}, {"devices": "gpu"}])
 def test_settings_that_cannot_be_are_refused(settings):
     with pytest.raises(ValueError, match="must be"):

@@ -12,8 +12,9 @@ class Family:
 
     memory_share: the layers of a whole decode; measured on an H200 (bench/vae.py) where it is not 1.
     sliced_share: in slices, with the middle block's attention and twice a slice for what a convolution takes beside;
-        None: it is not decoded in slices. carried_share: the frames that convolutions carry from chunk to chunk, which
-        come to that or wait on the host. Both are counted (bench/vae_memory.py).
+        None: it is not decoded in slices. HunyuanVideo's was measured on cards of 12 GB (bench/dynamic_card.py).
+        carried_share: the frames that convolutions carry from chunk to chunk, which come to that or wait on the host.
+        What was not measured is counted (bench/vae_memory.py).
     """
 
     name: str
@@ -23,7 +24,7 @@ class Family:
 
 
 FAMILIES = {
-    "comfy.ldm.modules.diffusionmodules.model.Decoder": Family("HunyuanVideo", 0.67, 0.23, 0.16),
+    "comfy.ldm.modules.diffusionmodules.model.Decoder": Family("HunyuanVideo", 0.67, 0.218, 0.16),
     "comfy.ldm.hunyuan_video.vae_refiner.Decoder": Family("HunyuanVideo 1.5", 0.77, 0.28, 0.24),
     "comfy.ldm.wan.vae.Decoder3d": Family("Wan 2.1", 0.43, 0.5),
     "comfy.ldm.wan.vae2_2.Decoder3d": Family("Wan 2.2"),  # which makes pixels of what its decoder gives
