@@ -9,9 +9,9 @@ compiled blocks, and Skein's VAE Decode. --cache: with a cache that keeps its st
 second run, and decode; --links: more runs with blocks' weights that come from the host at so many GB a second; --tiles:
 another decode, in tiles.
 Each row: seconds a step (the first one counts in `run_s` alone: it compiles), of the whole run and of the decode, peaks
-of PyTorch's tensors and what Skein expects of them, what the process took of the card at most (dynamic VRAM takes what
-is free), ComfyUI's pins and the host's memory; after both ways, how far the results are apart. Ends with one JSON line.
-On a CPU there is neither a limit nor dynamic VRAM.
+of PyTorch's tensors after that step and what Skein expects of them, what the process took of the card at most (dynamic
+VRAM takes what is free), ComfyUI's pins and the host's memory; after both ways, how far the results are apart. Ends
+with one JSON line. On a CPU there is neither a limit nor dynamic VRAM.
 """
 
 import argparse
@@ -50,7 +50,7 @@ from skein.attributes import changed  # noqa: E402
 from skein.bench import random_model as models  # noqa: E402
 from skein.bench.errors import relative_error  # noqa: E402
 from skein.bench.loading import switch_dynamic_on  # noqa: E402
-from skein.bench.runs import FAST, decoded, estimated_gb, link, link_of, peaks, reset_peaks, stepped  # noqa: E402
+from skein.bench.runs import FAST, decoded, estimated_gb, link, link_of, peaks, stepped  # noqa: E402
 from skein.bench.scaling import host_gib  # noqa: E402
 from skein.bench.timing import device_name  # noqa: E402
 from skein.bench.vae import random_vae  # noqa: E402
@@ -75,7 +75,6 @@ def row(given: argparse.Namespace) -> dict:
     with changed([(torch.cuda, "mem_get_info", lambda device=None: (free(device)[0], size))]):
         try:
             for run in ("", "again_")[: 1 + given.again]:
-                reset_peaks()
                 out, took = stepped(planned, arguments)
                 took |= peaks() | host_gib([os.getpid()]) | {"finite": bool(out.isfinite().all())}
                 if skein:

@@ -1,4 +1,4 @@
-"""One run of the 13 B model and its decode, step by step: seconds and peaks."""
+"""One run of the 13 B model and its decode, step by step: seconds and peaks, also by a slower link to the host."""
 
 import os
 import time

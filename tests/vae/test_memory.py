@@ -44,7 +44,8 @@ def test_it_shrinks_with_the_devices_and_grows_with_size_and_type(vae):
     assert whole_bytes(vae, HUNYUAN, SIZE, 1) > 1.9 * needs[0]
 
 
-def test_slices_take_what_was_counted_and_fit_small_cards(vae):
-    """Counted (bench/vae_memory.py): 6.9 GiB, and 6.1 of carried frames."""
+def test_slices_take_what_was_measured_and_fit_small_cards(vae):
+    """One H100 (bench/dynamic_card.py): 9.38 GB with what the allocator lost, without the weights, on a card of 12 GB.
+    Counted (bench/vae_memory.py): 6.1 GiB of carried frames."""
     least, carried = sliced_bytes(vae, HUNYUAN, SIZE)
-    assert 7.4 * GIB < least < 10 * GIB and 6.1 * GIB < carried < 7 * GIB
+    assert 9.38e9 < least < 9.8e9 and 6.1 * GIB < carried < 7 * GIB
